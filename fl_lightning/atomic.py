@@ -1,0 +1,143 @@
+"""Files that are either the old ones or the new ones, never half of one.
+
+A file is written beside its target, forced to the disk and then renamed over it, which the file system does in one
+step. A process that is killed at any moment, or a disk that fills up, leaves the previous file whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class _Recorder:
+    """Passes writes on, and remembers why one failed.
+
+    ``torch.save`` replaces the operating system's error by its own "file write failed", which does not say why.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that takes the place of ``path`` when the block ends without an error.
+
+    Args:
+        path: The file to replace or make. Its folder is made if need be.
+
+    Yields:
+        A binary file. If the block raises, it is deleted and ``path`` stays as it was.
+
+    Raises:
+        OSError: If the disk is full (or a quota or size limit is reached), naming ``path``; or as the system says.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise _full(path, error) from error
+        raise
+    _sync_folder(path.parent)
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Replace the contents of a file in one step. See :func:`replacing`."""
+    with replacing(path) as file:
+        file.write(data)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace the contents of a file by text, in UTF-8 and with line ends as given. See :func:`replacing`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def append_text(path: str | Path, text: str) -> None:
+    """Add text at the end of a file, in UTF-8, and force it to the disk.
+
+    A killed process can leave the text half written, so that the reader must be able to tell; a full disk cannot: the
+    file is then cut back to what it was.
+
+    Raises:
+        OSError: If the disk is full, naming ``path``; or as the system says.
+    """
+    path = Path(path)
+    with open(path, "ab", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        rest = memoryview(text.encode("utf-8"))
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        except OSError as error:
+            file.truncate(before)
+            if error.errno in _FULL:
+                raise _full(path, error) from error
+            raise
+
+
+def save(path: str | Path, obj: Any) -> None:
+    """``torch.save`` in one step, without a second copy in memory. See :func:`replacing`."""
+    with replacing(path) as file:
+        recorder = _Recorder(file)
+        try:
+            torch.save(obj, recorder)  # type: ignore[arg-type]  # asks for write() and flush() only
+        except RuntimeError as error:
+            if recorder.error is not None:
+                raise recorder.error from error
+            raise
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Delete the unfinished files that killed processes left in a folder (not in its sub-folders).
+
+    Call it only where no other process is writing, such as when a run takes its own folder up again.
+    """
+    for leftover in Path(folder).glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+def _full(path: Path, error: OSError) -> OSError:
+    before = "the previous file is unchanged" if path.exists() else "no file was written"
+    message = f"Could not write '{path}' ({os.strerror(error.errno or 0)}); {before}. Free some space, then go on."
+    return OSError(error.errno, message)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the renaming itself survive a power cut, on systems where a folder can be opened."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,184 @@
+"""Scores the models of a federation as it runs, and chooses the one to keep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torchmetrics import Metric
+from typing_extensions import override
+
+from fl_lightning.callback import FederatedCallback
+from fl_lightning.evaluation.predict import Scores, score_clients
+from fl_lightning.evaluation.summary import summarize
+from fl_lightning.state import State, load
+
+if TYPE_CHECKING:
+    from fl_lightning.client import Client
+    from fl_lightning.loop import FederatedLoop
+
+SPLITS = ("val", "test")
+
+
+class FederatedEvaluation(FederatedCallback):
+    """Scores the global model on every client, the clients' personal models on their own data, and the global model on
+    clients that never took part. The names never mix: ``<split>/global/...``, ``<split>/personal/...``,
+    ``test/unseen/...``.
+
+    The model to keep is the one with the best mean validation score: the global model's, or the personal models' where
+    a method has no global one. Test scores are logged but choose nothing. Where no client has validation data, the
+    last model is kept.
+
+    Args:
+        every: Rounds between two evaluations, at least 1; the last round is always evaluated.
+        metric: The metric that chooses, and of which summaries are made.
+        mode: ``max`` or ``min``: which of its values is better.
+        metrics: Makes torchmetrics metrics by name, given the number of classes; each takes (logits, targets).
+            Default: accuracy and loss.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        every: int = 1,
+        metric: str = "accuracy",
+        mode: str = "max",
+        metrics: Mapping[str, Callable[..., Metric]] | None = None,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"evaluation.every must be at least 1, got {every}")
+        if mode not in ("max", "min"):
+            raise ValueError(f"evaluation.mode must be max or min, got {mode!r}")
+        if metrics is not None and metric not in metrics:
+            raise ValueError(f"evaluation.metric must be one of {', '.join(metrics)}, got {metric!r}")
+        self.every = every
+        self.metric = metric
+        self.mode = mode
+        self.metrics = metrics
+        self.best: dict[str, Any] | None = None
+        self.client_history: list[dict[str, Any]] = []
+
+    @override
+    def on_federation_start(self, loop: FederatedLoop) -> None:
+        self._warned = False
+        if loop.rounds == 0:
+            return
+        if not any(client.data.num_val for client in loop.clients):
+            rank_zero_warn("no client has validation data, so the last model is kept; set data.val_fraction above 0")
+
+    @override
+    def on_round_end(self, loop: FederatedLoop) -> None:
+        if (loop.round + 1) % self.every and loop.round + 1 != loop.rounds:
+            return
+        value = math.nan
+        for split in SPLITS:
+            for view, scores in self.evaluate(loop, split).items():
+                clients = loop.unseen if view == "unseen" else loop.clients
+                summary = self.summary(scores, clients, split)
+                loop.log({f"{split}/{view}/{key}": number for key, number in summary.items()})
+                if self.metric != "loss" and "loss" in scores.by_client[0]:
+                    loop.log({f"{split}/{view}/loss": scores.pooled["loss"]})
+                if split == "val" and (view == "global" or math.isnan(value)) and view != "unseen":
+                    value = summary["mean"]
+                if split == "test" and view != "unseen":
+                    # torch.save(weights_only) takes plain floats; one row per evaluation, for the heat map.
+                    self.client_history.append(
+                        {"round": loop.round, "view": view, "values": scores.values(self.metric)}
+                    )
+        if math.isnan(value):
+            return
+        better = self.best is None or (value > self.best["value"] if self.mode == "max" else value < self.best["value"])
+        if better:
+            # References are enough: states are replaced from round to round, never written to.
+            self.best = {
+                "round": loop.round,
+                "value": value,
+                "state": dict(loop.state),
+                "global": loop.global_state() or {},
+                "personal": {client.id: dict(client.personal) for client in loop.clients},
+            }
+        assert self.best is not None
+        loop.log({"val/best": self.best["value"]})
+
+    def evaluate(self, loop: FederatedLoop, split: str) -> dict[str, Scores]:
+        """Score every kind of model that the method has on one split.
+
+        Args:
+            loop: The federation.
+            split: ``val`` or ``test``.
+
+        Returns:
+            Scores by view: ``global``, ``personal``, ``unseen``; those that do not apply are absent.
+        """
+        views: dict[str, Scores] = {}
+        if not any(getattr(client.data, f"num_{split}") for client in loop.clients):
+            return views
+        state = loop.global_state()
+        if state is not None:
+            self._load(loop, state)
+            views["global"] = self.score(loop, loop.module, loop.clients, split)
+            if loop.unseen and split == "test":
+                views["unseen"] = self.score(loop, loop.module, loop.unseen, split)
+        elif not self._warned:
+            self._warned = True
+            rank_zero_warn("this method has no global model: only personal models are scored")
+        if loop.has_personal:
+            rows = []
+            for client in loop.clients:
+                self._load(loop, loop.personal_state(client))
+                rows.append(self.score(loop, loop.module.personal_forward, [client], split))
+            views["personal"] = join(rows, [getattr(client.data, f"num_{split}") for client in loop.clients])
+        return views
+
+    def score(
+        self, loop: FederatedLoop, forward: Callable[[Tensor], Tensor], clients: Sequence[Client], split: str
+    ) -> Scores:
+        """Score one model on some clients."""
+        datas = [client.data for client in clients]
+        metrics = None
+        if self.metrics is not None:
+            metrics = {name: make(num_classes=datas[0].num_classes) for name, make in self.metrics.items()}
+        return score_clients(forward, datas, split, metrics)
+
+    def summary(self, scores: Scores, clients: Sequence[Client], split: str) -> dict[str, float]:
+        """Summarize the chosen metric over clients."""
+        return summarize(
+            scores.values(self.metric),
+            weights=[getattr(client.data, f"num_{split}") for client in clients],
+            pooled=scores.pooled[self.metric],
+            higher_is_better=self.mode == "max",
+        )
+
+    def _load(self, loop: FederatedLoop, state: State) -> None:
+        loop.module.to(loop.local.device)
+        load(loop.module, state)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "client_history": self.client_history}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+        self.client_history = list(state_dict["client_history"])
+
+
+def join(rows: Sequence[Scores], weights: Sequence[float]) -> Scores:
+    """Put scores of single clients side by side; pooled values are means weighted by examples.
+
+    Args:
+        rows: One :class:`Scores` of one client each.
+        weights: Their numbers of examples.
+    """
+    by_client = [row.by_client[0] for row in rows]
+    total = sum(weights)
+    pooled = {
+        name: sum(row[name] * weight for row, weight in zip(by_client, weights, strict=True) if weight) / total
+        for name in by_client[0]
+    }
+    return Scores(by_client, pooled)

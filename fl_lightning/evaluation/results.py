@@ -1,0 +1,307 @@
+"""What a run leaves behind in numbers: ``results.json`` at its end, ``metrics.csv`` round by round."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from fl_lightning.atomic import append_text, write_text
+
+Summary = Mapping[str, float]
+
+
+class ClientSizes(Protocol):
+    """What the results say about a client: :class:`fl_lightning.data.client_data.ClientData` has it."""
+
+    id: int
+    name: str
+    num_train: int
+    num_val: int
+    num_test: int
+
+
+def client_entries(
+    datas: Sequence[ClientSizes],
+    global_values: Sequence[float],
+    personal_values: Sequence[float] | None = None,
+) -> list[dict[str, Any]]:
+    """The ``clients`` list of ``results.json``: who they are, how much they have, how they are served.
+
+    Args:
+        datas: The clients' data.
+        global_values: The metric of the global model on each client's test set.
+        personal_values: The metric of each client's own model on its own test set, for methods that have one.
+
+    Returns:
+        Dicts with ``id, name, num_train, num_val, num_test, global, personal``; ``personal`` may be None.
+
+    Raises:
+        ValueError: If the numbers of clients and values differ.
+    """
+    personal = [None] * len(datas) if personal_values is None else list(personal_values)
+    if not len(datas) == len(global_values) == len(personal):
+        raise ValueError(
+            f"Expected one global and one personal value for each of {len(datas)} clients, but got "
+            f"{len(global_values)} and {len(personal)}."
+        )
+    return [
+        {
+            "id": data.id,
+            "name": data.name,
+            "num_train": data.num_train,
+            "num_val": data.num_val,
+            "num_test": data.num_test,
+            "global": global_value,
+            "personal": personal_value,
+        }
+        for data, global_value, personal_value in zip(datas, global_values, personal, strict=True)
+    ]
+
+
+def build_results(
+    *,
+    method: str,
+    rounds: int,
+    seed: int,
+    global_summary: Summary,
+    clients: Sequence[Mapping[str, Any]],
+    personal_summary: Summary | None = None,
+    unseen_summary: Summary | None = None,
+    bytes_up: int,
+    bytes_down: int,
+    seconds: float,
+    round_seconds: Sequence[float],
+    extra: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Put together what ``results.json`` says about a federated run.
+
+    Args:
+        method: The name of the method.
+        rounds: The number of rounds that were run.
+        seed: The seed of the run.
+        global_summary: :func:`fl_lightning.evaluation.summary.summarize` of the global model on the clients.
+        clients: :func:`client_entries`.
+        personal_summary: The same of the personal models, or None if the method has none.
+        unseen_summary: The same of the global model on clients that took no part, or None if there are none.
+        bytes_up: Bytes that all clients sent, over all rounds.
+        bytes_down: Bytes that the server sent, over all rounds.
+        seconds: Wall-clock seconds of the whole run.
+        round_seconds: Wall-clock seconds of each round.
+        extra: Further entries, such as the best round. They may not replace one of the above.
+
+    Raises:
+        ValueError: If ``extra`` has a key that is taken.
+    """
+    results: dict[str, Any] = {
+        "method": method,
+        "rounds": rounds,
+        "seed": seed,
+        "global": dict(global_summary),
+        "personal": None if personal_summary is None else dict(personal_summary),
+        "unseen": None if unseen_summary is None else dict(unseen_summary),
+        "clients": [dict(entry) for entry in clients],
+        "bytes_up": bytes_up,
+        "bytes_down": bytes_down,
+        "seconds": seconds,
+        "seconds_per_round_median": float(np.median(round_seconds)) if len(round_seconds) else None,
+    }
+    return merge(results, extra or {})
+
+
+def build_personalization_results(
+    methods: Mapping[str, Mapping[str, Any]], *, seeds: Sequence[int], extra: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Put together what ``results.json`` says about a personalization run.
+
+    Args:
+        methods: For each strategy its metrics by name (``local``, ``global_others``, ``feature_distortion``, ...).
+        seeds: The seeds that the metrics are means over.
+        extra: Further entries.
+
+    Raises:
+        ValueError: If ``extra`` has a key that is taken.
+    """
+    by_method = {name: dict(values) for name, values in methods.items()}
+    return merge({"seeds": list(seeds), "methods": by_method}, extra or {})
+
+
+def merge(results: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Both dicts in one.
+
+    Raises:
+        ValueError: If they share a key.
+    """
+    taken = sorted(set(results) & set(extra))
+    if taken:
+        raise ValueError(f"Expected `extra` to have new keys only, but {taken} are taken. Give them other names.")
+    return {**results, **extra}
+
+
+def to_json(value: Any) -> str:
+    """Strict JSON that every parser reads, indented, with a line end.
+
+    NaN and infinities, which JSON does not know, become null; numpy and torch scalars and arrays become numbers and
+    lists; paths become text.
+
+    Raises:
+        TypeError: If something else is in it, saying where.
+    """
+    return json.dumps(_plain(value, ""), indent=2, allow_nan=False) + "\n"
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write strict JSON in one step; see :func:`to_json` and :func:`fl_lightning.atomic.write_text`."""
+    write_text(path, to_json(value))
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is not JSON, naming the file.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"'{path}' is not valid JSON ({error}). It may be damaged or another kind of file.") from error
+
+
+class MetricsTable:
+    """``metrics.csv``: one row a round, kept on the disk as it grows.
+
+    A row is on the disk when :meth:`append` returns. Columns may come and go: a new one is added at the right and is
+    empty in older rows. Floats are written so that reading gives the same bits. A line that a killed process left
+    unfinished is dropped.
+
+    Args:
+        path: The file. It is read if it exists.
+        key: The column that counts up, first in the file.
+
+    Raises:
+        ValueError: If the file is there but does not begin with the ``key`` column.
+    """
+
+    def __init__(self, path: str | Path, key: str = "round") -> None:
+        self.path = Path(path)
+        self.key = key
+        self.columns: list[str] = [key]
+        self.rows: list[dict[str, Any]] = []
+        if self.path.exists():
+            self._read()
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a row.
+
+        Args:
+            row: Values by column: numbers, text or None. It must hold the key column, with an integer larger than that
+                of the last row.
+
+        Raises:
+            ValueError: If the key is missing or does not count up.
+        """
+        number = row.get(self.key)
+        if number is None or (self.rows and number <= self.rows[-1][self.key]):
+            last = self.rows[-1][self.key] if self.rows else None
+            raise ValueError(
+                f"Expected `{self.key}` to be larger than {last}, the last in '{self.path}', but got {number}. "
+                "Call `truncate` first when a run goes back."
+            )
+        plain = {name: _plain_scalar(value, name) for name, value in row.items()}
+        new = [name for name in plain if name not in self.columns]
+        self.rows.append(plain)
+        self.columns += new
+        if new or not self.path.exists():
+            self._write()
+            return
+        append_text(self.path, self._lines([plain]))
+
+    def truncate(self, last: int) -> None:
+        """Drop the rows after ``last``, as a run does that goes on from the checkpoint of that round."""
+        kept = [row for row in self.rows if row[self.key] <= last]
+        if len(kept) < len(self.rows):
+            self.rows = kept
+            self._write()
+
+    def column(self, name: str) -> list[Any]:
+        """The values of one column, None where a row has none.
+
+        Raises:
+            KeyError: If there is no such column.
+        """
+        if name not in self.columns:
+            raise KeyError(f"'{self.path}' has no column '{name}'. It has: {', '.join(self.columns)}.")
+        return [row.get(name) for row in self.rows]
+
+    def _lines(self, rows: Sequence[Mapping[str, Any]]) -> str:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, restval="", lineterminator="\n")
+        writer.writerows(rows)
+        return text.getvalue()
+
+    def _write(self) -> None:
+        header = io.StringIO()
+        csv.writer(header, lineterminator="\n").writerow(self.columns)
+        write_text(self.path, header.getvalue() + self._lines(self.rows))
+
+    def _read(self) -> None:
+        text = self.path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]
+        reader = csv.DictReader(io.StringIO(whole))
+        columns = list(reader.fieldnames or [])
+        if not columns or columns[0] != self.key:
+            raise ValueError(
+                f"Expected '{self.path}' to begin with the column '{self.key}', but it begins with {text[:40]!r}. "
+                "Is it another file? Move it away."
+            )
+        self.columns = columns
+        self.rows = [{name: _parsed(cell) for name, cell in row.items()} for row in reader]
+        if whole != text:
+            self._write()
+
+
+def _parsed(cell: str) -> Any:
+    if cell == "":
+        return None
+    for kind in (int, float):
+        try:
+            return kind(cell)
+        except ValueError:
+            continue
+    return cell
+
+
+def _plain_scalar(value: Any, name: str) -> Any:
+    plain = value.item() if isinstance(value, (Tensor, np.generic, np.ndarray)) else value
+    if plain is not None and not isinstance(plain, (int, float, str)):
+        raise TypeError(f"Expected column '{name}' to hold a number or text, but got {type(value).__name__}.")
+    return plain
+
+
+def _plain(value: Any, where: str) -> Any:
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        return _plain(value.tolist(), where)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"Expected text as keys at '{where or '/'}', but got {key!r}.")
+        return {key: _plain(item, f"{where}/{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, f"{where}/{index}") for index, item in enumerate(value)]
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"Expected plain values at '{where or '/'}', but got {type(value).__name__}.")

@@ -1,0 +1,103 @@
+"""A metric over clients in six numbers, each defined here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def mean(values: Sequence[float], weights: Sequence[float] | None = None) -> float:
+    """Mean over clients, each counting ``weights[i]`` (default: each the same).
+
+    Raises:
+        ValueError: If a weight is negative, all are 0, or there are not as many weights as values.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if weights is None:
+        return float(array.mean())
+    shares = np.asarray(weights, dtype=np.float64)
+    if shares.shape != array.shape or (shares < 0).any() or shares.sum() == 0:
+        raise ValueError(
+            f"Expected {array.size} weights of at least 0, not all 0, but got {shares.size}: {shares.tolist()}."
+        )
+    return float((array * shares).sum() / shares.sum())
+
+
+def std(values: Sequence[float]) -> float:
+    """Standard deviation over clients, of the population: divided by n, since these *are* all the clients."""
+    return float(np.std(np.asarray(values, dtype=np.float64)))
+
+
+def worst(values: Sequence[float], higher_is_better: bool = True) -> float:
+    """The value of the client that is served worst."""
+    return float(np.min(values) if higher_is_better else np.max(values))
+
+
+def worst_k(values: Sequence[float], k: int, higher_is_better: bool = True) -> float:
+    """Mean of the ``k`` clients that are served worst.
+
+    Raises:
+        ValueError: If ``k`` is not in 1 ... number of clients.
+    """
+    if not 1 <= k <= len(values):
+        raise ValueError(f"Expected `k` in 1 ... {len(values)} (the number of clients), but got {k}.")
+    ordered = np.sort(np.asarray(values, dtype=np.float64))  # NaN sorts last
+    if np.isnan(ordered[-1]):
+        return float("nan")
+    return float((ordered[:k] if higher_is_better else ordered[-k:]).mean())
+
+
+def bottom_decile(values: Sequence[float], higher_is_better: bool = True) -> float:
+    """Mean of the tenth of the clients that is served worst: floor(n / 10) clients, at least one."""
+    return worst_k(values, max(1, len(values) // 10), higher_is_better)
+
+
+def summarize(
+    values: Sequence[float],
+    weights: Sequence[float] | None = None,
+    pooled: float | None = None,
+    higher_is_better: bool = True,
+) -> dict[str, float]:
+    """Say how one metric is spread over clients.
+
+    * ``mean``: over clients, each counting the same;
+    * ``weighted_mean``: over clients, each counting its number of test examples;
+    * ``std``: :func:`std` over clients, unweighted;
+    * ``worst``: :func:`worst`;
+    * ``bottom_decile``: :func:`bottom_decile`;
+    * ``pooled``: the metric over the test examples of all clients together. For a metric that is a mean over examples,
+      such as accuracy or loss, this is ``weighted_mean``; for others (F1, AUROC, macro averages) it is not.
+
+    Args:
+        values: The metric of each client. NaN (a diverged loss) makes every number that depends on it NaN.
+        weights: The number of test examples of each client. A client with 0 has no value and is left out.
+            Default: all the same.
+        pooled: The metric over all examples, from :func:`fl_lightning.evaluation.predict.score_clients`. Default:
+            ``weighted_mean``, which is right for means over examples only.
+        higher_is_better: False for a loss: then the worst value is the highest.
+
+    Returns:
+        The six numbers; all NaN if no client has test examples.
+
+    Raises:
+        ValueError: If there are no values, or a weight is negative, or the numbers of values and weights differ.
+    """
+    if len(values) == 0:
+        raise ValueError("Expected the value of at least one client, but got none.")
+    counts = [1.0] * len(values) if weights is None else [float(weight) for weight in weights]
+    if len(counts) != len(values):
+        raise ValueError(f"Expected one weight for each of {len(values)} clients, but got {len(counts)}.")
+    kept = [(float(value), count) for value, count in zip(values, counts, strict=True) if count != 0]
+    if not kept:
+        return dict.fromkeys(("mean", "weighted_mean", "std", "worst", "bottom_decile", "pooled"), float("nan"))
+    present, present_counts = [value for value, _ in kept], [count for _, count in kept]
+    weighted = mean(present, present_counts)
+    return {
+        "mean": mean(present),
+        "weighted_mean": weighted,
+        "std": std(present),
+        "worst": worst(present, higher_is_better),
+        "bottom_decile": bottom_decile(present, higher_is_better),
+        "pooled": weighted if pooled is None else float(pooled),
+    }

@@ -1,0 +1,168 @@
+"""Tables of results as Markdown, LaTeX and plain text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+Row = Mapping[str, Any]
+Best = Mapping[str, Literal["max", "min"]]
+
+
+class MeanStd(NamedTuple):
+    """A mean over runs and their standard deviation (NaN for a single run)."""
+
+    mean: float
+    std: float
+
+
+def mean_std(values: Sequence[float]) -> MeanStd:
+    """Mean and standard deviation over independent runs.
+
+    The runs are a sample of all seeds, so the deviation divides by n - 1 (over clients, which are everybody, it divides
+    by n: :func:`fl_lightning.evaluation.summary.std`).
+
+    Raises:
+        ValueError: If there are no values.
+    """
+    if len(values) == 0:
+        raise ValueError("Expected the value of at least one run, but got none.")
+    array = np.asarray(values, dtype=np.float64)
+    return MeanStd(float(array.mean()), float(array.std(ddof=1)) if array.size > 1 else math.nan)
+
+
+def format_cell(value: Any, digits: int = 3, plus_minus: str = " ± ") -> str:
+    """One cell as text: floats with ``digits`` decimals, :class:`MeanStd` as "mean ± std", None and NaN as "-"."""
+    if value is None:
+        return "-"
+    if isinstance(value, MeanStd):
+        text = format_cell(value.mean, digits)
+        return text if math.isnan(value.mean) or math.isnan(value.std) else f"{text}{plus_minus}{value.std:.{digits}f}"
+    if isinstance(value, (float, np.floating)):
+        return "-" if math.isnan(value) else f"{value:.{digits}f}"
+    return str(value)
+
+
+def markdown_table(
+    rows: Sequence[Row], columns: Sequence[str] | None = None, digits: int = 3, best: Best | None = None
+) -> str:
+    """A Markdown table, readable as plain text too.
+
+    Args:
+        rows: Dicts of column to value: text, numbers, :class:`MeanStd` or None.
+        columns: Which columns, in which order. Default: all, in the order in which they first appear.
+        digits: Decimals of floats.
+        best: Columns in which the largest (``"max"``) or smallest (``"min"``) value is set in bold, ties included.
+    """
+    columns, cells = _cells(rows, columns, digits, best, str, " ± ", "**{}**")
+    widths = _widths(columns, cells)
+    right = _is_number(rows, columns)
+    rule = ["-" * (width - 1) + ":" if number else "-" * width for width, number in zip(widths, right, strict=True)]
+    return _lines([_pad(columns, widths, right), rule, *(_pad(row, widths, right) for row in cells)], "| ", " | ", " |")
+
+
+def latex_table(
+    rows: Sequence[Row], columns: Sequence[str] | None = None, digits: int = 3, best: Best | None = None
+) -> str:
+    r"""A LaTeX ``tabular`` with the rules of the booktabs package. Arguments as in :func:`markdown_table`."""
+    columns, cells = _cells(rows, columns, digits, best, _latex, r" $\pm$ ", r"\textbf{{{}}}")
+    head = [_latex(name) for name in columns]
+    alignment = "".join("r" if number else "l" for number in _is_number(rows, columns))
+    body = _lines([head], "", " & ", r" \\") + "\\midrule\n" + _lines(cells, "", " & ", r" \\")
+    return f"\\begin{{tabular}}{{{alignment}}}\n\\toprule\n{body}\\bottomrule\n\\end{{tabular}}\n"
+
+
+def plain_table(
+    rows: Sequence[Row], columns: Sequence[str] | None = None, digits: int = 3, best: Best | None = None
+) -> str:
+    """A table for the terminal; the best values carry a star. Arguments as in :func:`markdown_table`."""
+    columns, cells = _cells(rows, columns, digits, best, str, " ± ", "{}*")
+    widths = _widths(columns, cells)
+    right = _is_number(rows, columns)
+    lines = [_pad(columns, widths, right), ["-" * width for width in widths]]
+    text = _lines([*lines, *(_pad(row, widths, right) for row in cells)], "", "  ", "")
+    return "".join(line.rstrip() + "\n" for line in text.splitlines())
+
+
+def _cells(
+    rows: Sequence[Row],
+    columns: Sequence[str] | None,
+    digits: int,
+    best: Best | None,
+    escape: Callable[[str], str],
+    plus_minus: str,
+    mark: str,
+) -> tuple[list[str], list[list[str]]]:
+    """The columns, and each cell as text with the best ones marked."""
+    names = list(columns) if columns is not None else list(dict.fromkeys(name for row in rows for name in row))
+    winners = {name: _winner(rows, name, kind, digits) for name, kind in (best or {}).items()}
+    cells = []
+    for row in rows:
+        line = []
+        for name in names:
+            value = row.get(name)
+            text = escape(value) if isinstance(value, str) else format_cell(value, digits, plus_minus)
+            number = _number(value)
+            # Compared as printed: two numbers that look the same are both the best.
+            won = number is not None and format_cell(number, digits) == winners.get(name)
+            line.append(mark.format(text) if won else text)
+        cells.append(line)
+    return names, cells
+
+
+def _winner(rows: Sequence[Row], name: str, kind: Literal["max", "min"], digits: int) -> str | None:
+    if kind not in ("max", "min"):
+        raise ValueError(f"Expected the best of column '{name}' to be 'max' or 'min', but got {kind!r}.")
+    numbers = [number for number in (_number(row.get(name)) for row in rows) if number is not None]
+    if not numbers:
+        return None
+    return format_cell(max(numbers) if kind == "max" else min(numbers), digits)
+
+
+def _number(value: Any) -> float | None:
+    """What a cell counts as in a comparison: None for text and for missing values."""
+    number = value.mean if isinstance(value, MeanStd) else value
+    if isinstance(number, bool) or not isinstance(number, (int, float, np.integer, np.floating)):
+        return None
+    return None if math.isnan(number) else float(number)
+
+
+def _is_number(rows: Sequence[Row], columns: Sequence[str]) -> list[bool]:
+    """Columns without text, which are aligned to the right."""
+    return [not any(isinstance(row.get(name), str) for row in rows) for name in columns]
+
+
+def _widths(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> list[int]:
+    return [max(3, *(len(row[index]) for row in (columns, *cells))) for index in range(len(columns))]
+
+
+def _pad(row: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> list[str]:
+    return [
+        text.rjust(width) if number else text.ljust(width)
+        for text, width, number in zip(row, widths, right, strict=True)
+    ]
+
+
+def _lines(rows: Sequence[Sequence[str]], left: str, between: str, right: str) -> str:
+    return "".join(f"{left}{between.join(row)}{right}\n" for row in rows)
+
+
+_LATEX_SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+}
+
+
+def _latex(text: str) -> str:
+    return "".join(_LATEX_SPECIAL.get(character, character) for character in text)

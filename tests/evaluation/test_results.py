@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from fl_lightning.evaluation.results import (
+    MetricsTable,
+    build_personalization_results,
+    build_results,
+    client_entries,
+    read_json,
+    to_json,
+    write_json,
+)
+from fl_lightning.evaluation.summary import summarize
+
+CLIENTS = [
+    SimpleNamespace(id=index, name=f"domain {index}", num_train=10 * index, num_val=index, num_test=5)
+    for index in range(3)
+]
+
+
+def refuse_constant(name: str) -> None:
+    raise AssertionError(f"{name} is not JSON")
+
+
+def test_results_have_the_promised_keys(tmp_path: Path) -> None:
+    entries = client_entries(CLIENTS, [0.5, 0.6, 0.7])
+    results = build_results(
+        method="fedavg",
+        rounds=2,
+        seed=7,
+        global_summary=summarize([0.5, 0.6, 0.7]),
+        clients=entries,
+        bytes_up=10,
+        bytes_down=20,
+        seconds=3.5,
+        round_seconds=[1.0, 2.5, 2.0],
+        extra={"best": {"round": 1}},
+    )
+    write_json(tmp_path / "results.json", results)
+    read = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse_constant)
+    keys = "method rounds seed global personal unseen clients bytes_up bytes_down seconds seconds_per_round_median best"
+    assert list(read) == keys.split()
+    assert list(read["global"]) == ["mean", "weighted_mean", "std", "worst", "bottom_decile", "pooled"]
+    assert read["personal"] is None
+    assert read["unseen"] is None
+    assert read["seconds_per_round_median"] == 2.0
+    assert read["clients"][2] == {
+        "id": 2,
+        "name": "domain 2",
+        "num_train": 20,
+        "num_val": 2,
+        "num_test": 5,
+        "global": 0.7,
+        "personal": None,
+    }
+    assert read == read_json(tmp_path / "results.json")
+
+
+def test_extra_may_not_replace_anything() -> None:
+    with pytest.raises(ValueError, match=r"\['methods'\] are taken"):
+        build_personalization_results({"ft": {"local": 0.5}}, seeds=[0], extra={"methods": {}})
+
+
+def test_a_value_for_each_client_is_needed() -> None:
+    with pytest.raises(ValueError, match="each of 3 clients, but got 2 and 3"):
+        client_entries(CLIENTS, [0.5, 0.6])
+
+
+def test_json_is_strict_and_plain() -> None:
+    value = {
+        "nan": math.nan,
+        "infinite": [np.float32("inf"), torch.tensor(-math.inf)],
+        "tensor": torch.tensor([[1, 2]]),
+        "numpy": (np.int64(3), np.float64(0.5), np.bool_(True)),
+        "path": Path("a") / "b",
+    }
+    assert json.loads(to_json(value), parse_constant=refuse_constant) == {
+        "nan": None,
+        "infinite": [None, None],
+        "tensor": [[1, 2]],
+        "numpy": [3, 0.5, True],
+        "path": "a/b",
+    }
+
+
+def test_what_is_not_plain_is_named() -> None:
+    with pytest.raises(TypeError, match="plain values at '/a/1', but got set"):
+        to_json({"a": [0, {1, 2}]})
+    with pytest.raises(TypeError, match="text as keys at '/a', but got 3"):
+        to_json({"a": {3: 0}})
+
+
+def test_a_damaged_json_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text('{"a": ')
+    with pytest.raises(ValueError, match=r"results.json' is not valid JSON"):
+        read_json(tmp_path / "results.json")
+
+
+def test_metrics_come_back_to_the_bit(tmp_path: Path) -> None:
+    table = MetricsTable(tmp_path / "metrics.csv")
+    rows = [{"round": 1, "a": 1 / 3, "b": 'text, with "quotes"'}, {"round": 2, "a": 1e-300, "b": None}]
+    for row in rows:
+        table.append(row)
+    again = MetricsTable(tmp_path / "metrics.csv")
+    assert again.rows == rows
+    assert again.column("a") == [1 / 3, 1e-300]
+    text = (tmp_path / "metrics.csv").read_text()
+    assert text == f'round,a,b\n1,{1 / 3!r},"text, with ""quotes"""\n2,1e-300,\n'
+
+
+def test_new_columns_widen_the_table(tmp_path: Path) -> None:
+    table = MetricsTable(tmp_path / "metrics.csv")
+    table.append({"round": 1, "a": 1})
+    table.append({"round": 2, "b": torch.tensor(0.5)})
+    table.append({"round": 3, "a": np.float32(0.25)})
+    assert (tmp_path / "metrics.csv").read_text() == "round,a,b\n1,1,\n2,,0.5\n3,0.25,\n"
+    assert MetricsTable(tmp_path / "metrics.csv").column("b") == [None, 0.5, None]
+
+
+def test_a_resumed_table_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    def row(number: int) -> dict[str, float]:
+        return {"round": number, "loss": 1 / number, **({"late": 0.1} if number >= 3 else {})}
+
+    whole = MetricsTable(tmp_path / "whole.csv")
+    for number in range(1, 6):
+        whole.append(row(number))
+    cut = MetricsTable(tmp_path / "cut.csv")
+    for number in range(1, 5):
+        cut.append(row(number))
+    with open(tmp_path / "cut.csv", "a") as file:
+        file.write("5,0.1")  # killed in the middle of a line
+    resumed = MetricsTable(tmp_path / "cut.csv")
+    assert [found["round"] for found in resumed.rows] == [1, 2, 3, 4]
+    resumed.truncate(2)
+    assert (tmp_path / "cut.csv").read_text().count("\n") == 3
+    for number in range(3, 6):
+        resumed.append(row(number))
+    assert (tmp_path / "cut.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def test_the_round_must_count_up(tmp_path: Path) -> None:
+    table = MetricsTable(tmp_path / "metrics.csv")
+    table.append({"round": 3})
+    for bad in ({"round": 3}, {"a": 1}):
+        with pytest.raises(ValueError, match="larger than 3"):
+            table.append(bad)
+
+
+def test_a_foreign_file_is_refused_and_kept(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("name,age\n")
+    with pytest.raises(ValueError, match="begin with the column 'round', but it begins with 'name,age"):
+        MetricsTable(tmp_path / "metrics.csv")
+    assert (tmp_path / "metrics.csv").read_text() == "name,age\n"
+
+
+def test_an_unknown_column_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    table = MetricsTable(tmp_path / "metrics.csv")
+    table.append({"round": 1, "loss": 0.5})
+    with pytest.raises(KeyError, match="It has: round, loss"):
+        table.column("los")
+    with pytest.raises(TypeError, match="'loss' to hold a number or text, but got list"):
+        table.append({"round": 2, "loss": [1]})
