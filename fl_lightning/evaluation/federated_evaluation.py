@@ -105,6 +105,14 @@ class FederatedEvaluation(FederatedCallback):
         assert self.best is not None
         loop.log({"val/best": self.best["value"]})
 
+    def restore_best(self, loop: FederatedLoop) -> None:
+        """Put the best models in the place of the last ones."""
+        assert self.best is not None
+        loop.state = dict(self.best["state"])
+        for client in loop.clients:
+            client.personal = dict(self.best["personal"][client.id])
+        loop.kept_global = self.best["global"] or None
+
     def evaluate(self, loop: FederatedLoop, split: str) -> dict[str, Scores]:
         """Score every kind of model that the method has on one split.
 

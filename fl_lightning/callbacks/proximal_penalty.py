@@ -1,0 +1,66 @@
+"""A pull towards the weights that a fit began with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from fl_lightning.callback import FederatedCallback
+
+
+class ProximalPenalty(FederatedCallback):
+    r"""Pulls the parameters towards where the fit began: adds the gradient of :math:`\frac{\mu}{2}\lVert w - w^t \rVert^2`.
+
+    Li et al., Federated Optimization in Heterogeneous Networks, MLSys 2020, https://arxiv.org/abs/1812.06127.
+    The gradient :math:`\mu (w - w^t)` is added when Lightning has unscaled it and has not yet clipped it, so mixed
+    precision, accumulation and clipping all see the true objective. The logged loss stays the task's own.
+
+    Args:
+        mu: Weight of the penalty, at least 0. At 0 nothing is added, to the bit.
+
+    Raises:
+        ValueError: If ``mu`` is negative.
+        TypeError: At the start of a fit, if the optimizer unscales gradients within its own step (fused ones under
+            16-mixed): the penalty would be added to scaled gradients.
+    """
+
+    def __init__(self, mu: float = 0.01) -> None:
+        if not mu >= 0:
+            raise ValueError(f"mu must be at least 0, got {mu}")
+        self.mu = mu
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        refuse_scaled_gradients(self, trainer)
+        self._start = {name: p.detach().clone() for name, p in pl_module.named_parameters()} if self.mu else {}
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if not self.mu:
+            return
+        moving = [(p, self._start[name]) for name, p in pl_module.named_parameters() if p.grad is not None]
+        with torch.no_grad():
+            away = torch._foreach_sub([p for p, _ in moving], [start for _, start in moving])
+            torch._foreach_add_([p.grad for p, _ in moving], away, alpha=self.mu)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start = {}
+
+
+def refuse_scaled_gradients(callback: Any, trainer: Trainer) -> None:
+    """Refuse optimizers that unscale gradients themselves, for callbacks that edit gradients.
+
+    Raises:
+        TypeError: If one does and gradients are scaled.
+    """
+    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+    if scaled and any(getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in trainer.optimizers):
+        raise TypeError(
+            f"{type(callback).__name__} edits gradients, but this fused optimizer unscales them only within its step; "
+            "set optimizer.fused=false, or trainer.precision=bf16-mixed"
+        )

@@ -1,0 +1,80 @@
+"""Saves a federation so that a killed run goes on to the same bits."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fl_lightning import atomic
+
+if TYPE_CHECKING:
+    from fl_lightning.loop import FederatedLoop
+
+FORMAT = "fl_lightning federation 1"
+
+
+class Checkpoint:
+    """Writes the whole federation to one file, in one step: it is the old one or the new one, never half of one.
+
+    Args:
+        folder: Where; made if need be.
+        every: Rounds between two checkpoints, at least 1. The last round is always saved.
+        keep: Whether to keep a copy of each under its round's number; else only ``last.pt`` stays.
+
+    Raises:
+        ValueError: If ``every`` is below 1.
+    """
+
+    def __init__(self, folder: str | Path, every: int = 1, keep: bool = False) -> None:
+        if every < 1:
+            raise ValueError(f"checkpoint.every must be at least 1, got {every}")
+        self.folder = Path(folder)
+        self.every = every
+        self.keep = keep
+
+    @property
+    def last(self) -> Path:
+        """The file that a resumed run goes on from."""
+        return self.folder / "last.pt"
+
+    def round_ended(self, loop: FederatedLoop) -> None:
+        """Save if it is time to, or if the run is about to stop."""
+        if loop.round % self.every == 0 or loop.round == loop.rounds or loop.should_stop:
+            content = {"format": FORMAT, **loop.state_dict()}
+            if self.keep:
+                atomic.save(self.folder / f"round_{loop.round:05d}.pt", content)
+            atomic.save(self.last, content)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read what :class:`Checkpoint` wrote. Nothing in the file is executed.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged or is something else, by name.
+    """
+    content = read_tensors(path)
+    if not isinstance(content, Mapping) or content.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of a federation (expected the format {FORMAT!r})")
+    return dict(content)
+
+
+def read_tensors(path: str | Path) -> Any:
+    """Read a file of tensors and plain values, executing nothing.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged or holds anything else, by name.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path} is damaged, or no file of plain tensors: {reason}") from error

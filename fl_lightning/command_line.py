@@ -1,0 +1,72 @@
+"""What ``train.py`` and ``personalize.py`` do before and after the work: compose the configuration, say errors plainly."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+log = logging.getLogger(__name__)
+
+
+def main(name: str) -> None:
+    """Run ``fl_lightning.<name>ing``-style work from the command line.
+
+    Args:
+        name: ``train`` or ``personalize``: the configuration ``conf/<name>.yaml`` and the module behind it.
+    """
+    try:
+        arguments = with_resume(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    sys.argv[1:] = arguments
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
+    def run(cfg: DictConfig) -> None:
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        work = importlib.import_module({"train": "fl_lightning.training", "personalize": "fl_lightning.personalization"}[name])
+        try:
+            work.run(cfg, folder)
+        except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+            # The sentence is for the user; the traceback, for whoever mends the program, goes to a file beside the run.
+            (folder / "error.txt").write_text(traceback.format_exc())
+            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
+            print(f"error: {error}\n(the traceback is in {folder / 'error.txt'})", file=sys.stderr)
+            sys.exit(1)
+
+    run()
+
+
+def with_resume(arguments: list[str]) -> list[str]:
+    """Put the overrides that a run was started with before the ones given now, where ``resume=<run folder>`` is given.
+
+    Raises:
+        FileNotFoundError: If the folder holds no run.
+    """
+    given = [argument for argument in arguments if argument.startswith("resume=")]
+    if not given or given[-1] in ("resume=", "resume=null"):
+        return arguments
+    folder = Path(given[-1].removeprefix("resume="))
+    overrides = folder / ".hydra" / "overrides.yaml"
+    if not overrides.is_file():
+        raise FileNotFoundError(f"resume={folder}: there is no run in this folder (no {overrides})")
+    saved = [str(item) for item in OmegaConf.load(overrides)]
+    rest = [argument for argument in arguments if argument not in given]
+    # .hydra keeps the overrides of the first start, so that a run can be resumed any number of times.
+    return [
+        *(item for item in saved if not item.startswith(("hydra.run.dir=", "resume="))),
+        *rest,
+        f"resume={folder}",
+        f"hydra.run.dir={folder}",
+        "hydra.output_subdir=null",
+    ]

@@ -1,0 +1,6 @@
+"""Where client fits run."""
+
+from fl_lightning.executors.executor import Executor, Outcome
+from fl_lightning.executors.serial import SerialExecutor
+
+__all__ = ["Executor", "Outcome", "SerialExecutor"]

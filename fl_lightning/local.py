@@ -1,0 +1,204 @@
+"""One client's fit with a Lightning Trainer."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers.logger import Logger
+from typing_extensions import override
+
+from fl_lightning.callback import FederatedCallback
+from fl_lightning.client import Broadcast, Client, Update
+from fl_lightning.seeding import derive_seed
+from fl_lightning.sharing import Sharing
+from fl_lightning.state import State, difference, load, snapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fl_lightning.module import FederatedModule
+
+# Per-fit folders, banners, bars and summaries would be written once per client and round.
+QUIET: dict[str, Any] = {
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+
+
+@dataclass
+class Fit:
+    """What one fit leaves behind: the update that is sent, and what the client keeps.
+
+    It is handed over whole, and taken in by the loop only when the round is over, so that a fit that fails and a round
+    that is interrupted change nothing.
+    """
+
+    update: Update
+    personal: State
+    memory: State
+
+
+class LocalTraining:
+    """Trains the model on one client: load, ``Trainer.fit``, take out what was learned.
+
+    Args:
+        trainer: Makes a Lightning Trainer; epochs, precision, clipping and accumulation are set there.
+        validate: Whether every fit also runs the client's validation data, for callbacks that monitor it.
+    """
+
+    def __init__(self, trainer: Callable[..., Trainer], validate: bool = False) -> None:
+        self.trainer = trainer
+        self.validate = validate
+
+    def setup(
+        self, module: FederatedModule, sharing: Sharing, callbacks: Sequence[Callback], seed: int
+    ) -> None:
+        """Learn what stays the same over all fits, and check what can be checked before the first.
+
+        Args:
+            module: The model, with its initial values; it serves all clients, one after another.
+            sharing: Which tensors travel.
+            callbacks: Federated callbacks, and Lightning callbacks of which each fit gets a copy.
+            seed: The seed of the run.
+
+        Raises:
+            ValueError: If a callback monitors validation data and ``validate`` is off.
+        """
+        self.module = module
+        self.sharing = sharing
+        self.callbacks = list(callbacks)
+        self.seed = seed
+        self.initial = snapshot(module.state_dict())
+        for callback in callbacks:
+            monitor = getattr(callback, "monitor", None)
+            if not self.validate and isinstance(monitor, str) and monitor.startswith("val"):
+                raise ValueError(
+                    f"{type(callback).__name__} monitors {monitor!r}, but no validation runs within a fit; "
+                    "set local.validate=true"
+                )
+        silence_lightning()
+        self.device = self._new_trainer([]).strategy.root_device
+
+    @property
+    def federated_callbacks(self) -> list[FederatedCallback]:
+        """The callbacks that live for the whole federation."""
+        return [callback for callback in self.callbacks if isinstance(callback, FederatedCallback)]
+
+    def client_state(self, client: Client, shared: State) -> State:
+        """Return every tensor of the model as a client sees it: shared ones, its own, and the initial ones for the rest."""
+        return {**self.initial, **client.personal, **shared}
+
+    def fit(self, client: Client, broadcast: Broadcast) -> Fit:
+        """Train on one client.
+
+        Args:
+            client: The client; it is not changed.
+            broadcast: What the server sent to it.
+
+        Returns:
+            The update, and what the client keeps.
+        """
+        module = self.module
+        client = replace(client, memory=dict(client.memory))
+        shared = self.sharing.names(module, client)
+        if set(shared) != set(broadcast.state):
+            raise ValueError(
+                f"client {client.name}: the message does not hold the shared tensors: "
+                f"{difference(broadcast.state, {name: self.initial[name] for name in shared})}"
+            )
+        load(module, self.client_state(client, broadcast.state))
+        self.sharing.prepare(module)
+        module.step_losses.clear()
+        client.data.seed(derive_seed(self.seed, "batches", broadcast.round, client.id))
+        for callback in self.federated_callbacks:
+            callback.on_client_start(client, module, broadcast)
+        # The global generator drives dropout and whatever a user's code draws; it is put back afterwards, so that a fit
+        # can neither disturb the next one nor depend on the last.
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(derive_seed(self.seed, "fit", broadcast.round, client.id))
+            metrics = self._train(module, client) if broadcast.train else {}
+        own = module.state_dict()
+        update = Update(client.id, client.num_examples, snapshot(own, shared), metrics=metrics)
+        for callback in self.federated_callbacks:
+            callback.on_client_end(client, module, update)
+        sent = set(shared)
+        return Fit(update, snapshot(own, [name for name in own if name not in sent]), client.memory)
+
+    def _train(self, module: FederatedModule, client: Client) -> dict[str, float]:
+        callbacks = [
+            callback if isinstance(callback, FederatedCallback) else copy.deepcopy(callback)
+            for callback in self.callbacks
+        ]
+        trainer = self._new_trainer(callbacks)
+        # Since Lightning 2.2 `fit` no longer does this, and an evaluation may have left the module in eval mode.
+        module.train()
+        module.log_to_callbacks = trainer.logger is not None
+        with quiet_warnings():
+            trainer.fit(module, datamodule=client.data)
+        metrics = dict(trainer.logger.metrics) if isinstance(trainer.logger, FitLogger) else {}
+        if module.step_losses:
+            metrics["train_loss"] = torch.stack(module.step_losses).mean().item()
+        return metrics
+
+    def _new_trainer(self, callbacks: Sequence[Callback]) -> Trainer:
+        plain = [callback for callback in callbacks if not isinstance(callback, FederatedCallback)]
+        validation = {} if self.validate else {"limit_val_batches": 0}
+        return self.trainer(
+            callbacks=list(callbacks),
+            logger=FitLogger() if plain else False,
+            enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in plain),
+            log_every_n_steps=1,
+            **validation,
+            **QUIET,
+        )
+
+
+class FitLogger(Logger):
+    """Keeps the last value of whatever is logged within a fit, so that it reaches the server with the update."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metrics: dict[str, float] = {}
+
+    @property
+    @override
+    def name(self) -> str:
+        return "fit"
+
+    @property
+    @override
+    def version(self) -> str:
+        return ""
+
+    @override
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.metrics.update((key, float(value)) for key, value in metrics.items() if key != "epoch")
+
+    @override
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def silence_lightning() -> None:
+    """Stop Lightning from announcing devices and tips; it would do so once per client and round."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def quiet_warnings() -> Iterator[None]:
+    """Keep back Lightning's advice on loaders, devices and idle optimizers, which does not hold for a client's fit."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\..*")
+        warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
+        yield

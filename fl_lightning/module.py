@@ -1,0 +1,98 @@
+"""The objective: a backbone and a head, as one LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.nn import functional
+
+from fl_lightning.models.model import Model
+
+Batch = tuple[Tensor, Tensor]
+
+
+class FederatedModule(LightningModule):
+    """A backbone that turns inputs into features, a head that turns features into logits, and what trains them.
+
+    Tensors are named ``backbone.*`` and ``head.*``. A method with another objective overrides :meth:`loss`; one with a
+    second model also :meth:`personal_forward`.
+
+    Args:
+        model: Backbone, head, and where the head sits in the original network.
+        optimizer: Makes the optimizer of one fit from the parameters.
+        scheduler: Makes a learning-rate scheduler from that optimizer; it steps once an epoch. None: constant.
+        label_smoothing: As in :func:`torch.nn.functional.cross_entropy`, in [0, 1).
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer],
+        scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+        self.backbone = model.backbone
+        self.head = model.head
+        self.head_path = model.head_path
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.label_smoothing = label_smoothing
+        self.lr_factor = 1.0
+        self.log_to_callbacks = False
+        self.step_losses: list[Tensor] = []
+        self.loss_transforms: list[Callable[[Tensor], Tensor]] = []
+
+    def features(self, x: Tensor) -> Tensor:
+        """Return the features ``(N, D)`` of inputs ``(N, ...)``: what the head sees."""
+        return self.backbone(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits ``(N, C)`` of inputs ``(N, ...)``."""
+        return self.head(self.features(x))
+
+    def personal_forward(self, x: Tensor) -> Tensor:
+        """Return the logits of the personal model; the same as :meth:`forward` unless a method has a second model."""
+        return self(x)
+
+    @property
+    def has_personal_model(self) -> bool:
+        """Whether :meth:`personal_forward` is a model of its own."""
+        return type(self).personal_forward is not FederatedModule.personal_forward
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the training loss of a batch of inputs ``(N, ...)`` and labels ``(N,)``, a scalar."""
+        x, y = batch
+        return functional.cross_entropy(self(x), y, label_smoothing=self.label_smoothing)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One step. The loss is kept as a tensor: reading its value here would stop an accelerator every step."""
+        loss = self.loss(batch)
+        self.step_losses.append(loss.detach())
+        if self.log_to_callbacks:
+            self.log("train_loss", loss.detach(), on_step=True, on_epoch=True, batch_size=len(batch[1]))
+        for transform in self.loss_transforms:
+            loss = transform(loss)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Logs ``val_loss`` and ``val_acc``, for EarlyStopping and ModelCheckpoint within a fit."""
+        x, y = batch
+        logits = self(x)
+        self.log("val_loss", functional.cross_entropy(logits, y), on_step=False, on_epoch=True, batch_size=len(y))
+        self.log("val_acc", (logits.argmax(1) == y).float().mean(), on_step=False, on_epoch=True, batch_size=len(y))
+
+    def configure_optimizers(self) -> Any:
+        """One fresh optimizer over all parameters: a frozen one has no gradient, and torch then leaves it alone."""
+        optimizer = self.optimizer(self.parameters())
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * self.lr_factor
+        if self.scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}

@@ -1,0 +1,86 @@
+"""The folder of one run: what it holds, and the promise that it is never overwritten."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from fl_lightning import atomic
+from fl_lightning.config import differences
+from fl_lightning.data.partition import Partition
+
+# What may differ when a run goes on: where it runs and what it shows change no result, and more rounds may follow.
+FREE_TO_CHANGE = ("resume", "executor", "progress", "paths", "loop.rounds", "checkpoint", "logger")
+
+
+class RunFolder:
+    """Names the files of a run.
+
+    Args:
+        path: The folder; made if need be.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.partition = self.path / "partition.json"
+        self.metrics = self.path / "metrics.csv"
+        self.results = self.path / "results.json"
+        self.global_model = self.path / "global_model.pt"
+        self.checkpoints = self.path / "checkpoints"
+
+    def start(self, config: Mapping[str, Any]) -> None:
+        """Begin a new run here.
+
+        Raises:
+            ValueError: If the folder already holds a run.
+        """
+        if self.config.exists() or self.results.exists():
+            raise ValueError(
+                f"{self.path} already holds a run, and a run is never overwritten; "
+                f"choose another hydra.run.dir, or continue it with resume={self.path}"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(self.config, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
+
+    def resume(self, config: Mapping[str, Any]) -> None:
+        """Go on with the run that is here.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            ValueError: If the configuration differs from the run's own in something that would change its results.
+        """
+        changed = differences(self.read_config(), dict(config), FREE_TO_CHANGE)
+        if changed:
+            raise ValueError(
+                f"{self.path} was run with another configuration: {'; '.join(changed[:6])}. "
+                "Start a new run, or leave these as they were"
+            )
+        atomic.remove_leftovers(self.path)
+        atomic.remove_leftovers(self.checkpoints)
+
+    def read_config(self) -> dict[str, Any]:
+        """Return the configuration of the run, resolved.
+
+        Raises:
+            FileNotFoundError: If the folder holds no run.
+        """
+        if not self.config.is_file():
+            raise FileNotFoundError(f"{self.path} holds no run of train.py: there is no {self.config.name} in it")
+        content = OmegaConf.to_container(OmegaConf.load(self.config), resolve=True)
+        assert isinstance(content, dict)
+        return {str(key): value for key, value in content.items()}
+
+    def keep_partition(self, partition: Partition) -> None:
+        """Save who holds which examples, or, where that is saved already, make sure it is the same.
+
+        Raises:
+            ValueError: If it is another partition.
+        """
+        if self.partition.exists():
+            Partition.from_json(self.partition).check_equal(partition)
+        else:
+            partition.to_json(self.partition)

@@ -1,0 +1,91 @@
+"""Which tensors travel: the first of the three questions that a federated method answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, get_args
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fl_lightning.state import match
+
+if TYPE_CHECKING:
+    from fl_lightning.client import Client
+
+Buffers = Literal["average", "local", "reset"]
+
+
+class Sharing:
+    """Splits the tensors of a model, parameters and buffers alike, into shared and personal ones.
+
+    Every tensor is one or the other and none is both. Only shared tensors are ever put into a message, so a personal
+    tensor cannot leak and bytes are counted right by construction.
+
+    Args:
+        shared: Shell patterns of what is shared; all by default. Empty shares nothing: every client trains alone.
+        personal: Shell patterns of what stays at the client, taken out of ``shared``.
+        personal_batch_norm: Whether BatchNorm layers stay at the client whole, weights and statistics. They are found by
+            their class: names mislead (``downsample.1``).
+        buffers: What becomes of BatchNorm's running statistics. ``average``: exchanged and averaged like weights.
+            ``local``: they stay at the client. ``reset``: exchanged, but every fit starts from fresh ones, so what is
+            averaged was gathered in this round alone.
+
+    Raises:
+        ValueError: If ``buffers`` is none of the three.
+    """
+
+    def __init__(
+        self,
+        shared: Sequence[str] = ("*",),
+        personal: Sequence[str] = (),
+        personal_batch_norm: bool = False,
+        buffers: Buffers = "average",
+    ) -> None:
+        if buffers not in get_args(Buffers):
+            raise ValueError(f"sharing.buffers must be one of {', '.join(get_args(Buffers))}, got {buffers!r}")
+        self.shared = tuple(shared)
+        self.personal = tuple(personal)
+        self.personal_batch_norm = personal_batch_norm
+        self.buffers = buffers
+        self._names: dict[int, list[str]] = {}
+
+    def names(self, module: nn.Module, client: Client | None = None) -> list[str]:
+        """Return the names of the tensors that travel between the server and a client, in the model's order.
+
+        Override where the shared part differs by client.
+
+        Args:
+            module: The model.
+            client: The client; ``None`` asks for the union over all clients, which the server holds.
+
+        Raises:
+            ValueError: If a pattern fits no tensor.
+        """
+        key = id(module)
+        if key not in self._names:
+            names = list(module.state_dict())
+            kept = set(match(names, self.personal)) if self.personal else set()
+            if self.personal_batch_norm:
+                kept |= _batch_norm_names(module, buffers_only=False)
+            if self.buffers == "local":
+                kept |= _batch_norm_names(module, buffers_only=True)
+            shared = match(names, self.shared) if self.shared else []
+            self._names = {key: [name for name in shared if name not in kept]}
+        return self._names[key]
+
+    def prepare(self, module: nn.Module) -> None:
+        """Make a freshly loaded module ready for a fit, as the buffer policy says."""
+        if self.buffers == "reset":
+            for part in module.modules():
+                if isinstance(part, _BatchNorm):
+                    part.reset_running_stats()
+
+
+def _batch_norm_names(module: nn.Module, buffers_only: bool) -> set[str]:
+    names = set()
+    for prefix, part in module.named_modules():
+        if isinstance(part, _BatchNorm):
+            own = (name for name, _ in part.named_buffers()) if buffers_only else iter(part.state_dict())
+            names |= {f"{prefix}.{name}" if prefix else name for name in own}
+    return names

@@ -1,0 +1,256 @@
+"""Federated training from a configuration: what ``train.py`` runs."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import DictConfig
+
+from fl_lightning import atomic
+from fl_lightning.checkpoint import read_checkpoint
+from fl_lightning.client import Client
+from fl_lightning.config import instantiate, instantiate_dict, plain
+from fl_lightning.data.federated_data import FederatedData
+from fl_lightning.data.partition import Partition
+from fl_lightning.evaluation.federated_evaluation import FederatedEvaluation
+from fl_lightning.evaluation.predict import Scores
+from fl_lightning.evaluation.results import MetricsTable, build_results, client_entries, write_json
+from fl_lightning.evaluation.tables import plain_table
+from fl_lightning.loop import FederatedLoop
+from fl_lightning.models.export import export_state_dict
+from fl_lightning.module import FederatedModule
+from fl_lightning.run_folder import RunFolder
+from fl_lightning.seeding import derive_seed
+
+
+def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """Train, print the result table, and leave everything in the run folder.
+
+    Args:
+        cfg: The composed configuration.
+        folder: The run folder.
+
+    Returns:
+        What is written to ``results.json``.
+    """
+    config = plain(cfg)
+    run_folder = RunFolder(folder)
+    resume = None
+    if config["resume"] is not None:
+        run_folder.resume(config)
+        if (run_folder.checkpoints / "last.pt").exists():
+            resume = read_checkpoint(run_folder.checkpoints / "last.pt")
+    else:
+        run_folder.start(config)
+    data: FederatedData = instantiate(config["data"], "data")
+    run_folder.keep_partition(data.partition)
+    module = build_module(config, data)
+    loop = build_loop(config, run_folder, resume)
+    clients = [Client(item.id, item) for item in data.clients]
+    unseen = [Client(item.id, item) for item in data.unseen]
+    with stop_after_round(loop, run_folder):
+        try:
+            loop.fit(module, clients, unseen, resume)
+        finally:
+            if loop.progress is not None:
+                loop.progress.close()
+    if loop.should_stop:
+        print(f"stopped after round {loop.round} of {loop.rounds}; continue with: python train.py resume={folder}")
+        return {}
+    results = finish(loop, run_folder, config)
+    print(result_table(results))
+    print(f"\nrun folder: {folder}\ncurves:     tensorboard --logdir {folder.parent}")
+    return results
+
+
+def build_module(config: Mapping[str, Any], data: FederatedData) -> FederatedModule:
+    """Make the model for some data, from the run's seed, and try it on two blank images.
+
+    Raises:
+        ValueError: If the model cannot take the data's images.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config["seed"], "initial weights"))
+        model = instantiate(
+            config["model"],
+            "model",
+            num_classes=data.num_classes,
+            in_channels=data.in_channels,
+            image_size=data.image_size,
+        )
+        module: FederatedModule = instantiate(
+            config["module"],
+            "module",
+            model=model,
+            optimizer=instantiate(config["optimizer"], "optimizer"),
+            scheduler=instantiate(config["scheduler"], "scheduler"),
+        )
+    return module
+
+
+def build_loop(config: Mapping[str, Any], run_folder: RunFolder, resume: Mapping[str, Any] | None) -> FederatedLoop:
+    """Make the loop and its parts.
+
+    Args:
+        config: The configuration, plain.
+        run_folder: Where files go.
+        resume: The checkpoint to go on from, if any.
+    """
+    callbacks: dict[str, Callback] = instantiate_dict(config["callbacks"], "callbacks")
+    callbacks["evaluation"] = instantiate(config["evaluation"], "evaluation")
+    logger = instantiate(config["logger"], "logger")
+    if logger is not None:
+        # A logger that is told where the run goes on drops the points after it, so that a curve never runs twice.
+        logger = logger(save_dir=str(run_folder.path), purge_step=resume["round"] if resume else None)
+    table = MetricsTable(run_folder.metrics)
+    table.truncate(resume["round"] - 1 if resume else -1)
+    return instantiate(
+        config["loop"],
+        "loop",
+        seed=config["seed"],
+        cohort=instantiate(config["cohort"], "cohort"),
+        sharing=instantiate(config["sharing"], "sharing"),
+        local=instantiate(config["local"], "local", trainer=instantiate(config["trainer"], "trainer")),
+        aggregator=instantiate(config["aggregator"], "aggregator"),
+        executor=instantiate(config["executor"], "executor"),
+        callbacks=callbacks,
+        checkpoint=instantiate(config["checkpoint"], "checkpoint", folder=run_folder.checkpoints),
+        logger=logger,
+        table=table,
+        progress=instantiate(config["progress"], "progress", rounds=config["loop"]["rounds"]),
+    )
+
+
+def finish(loop: FederatedLoop, run_folder: RunFolder, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Score the last and the best model on test data, keep the one that validation chose, and write the results.
+
+    Args:
+        loop: The federation after its last round.
+        run_folder: Where files go.
+        config: The configuration, plain.
+
+    Returns:
+        What is written to ``results.json``.
+    """
+    evaluation = next(c for c in loop.federated_callbacks if isinstance(c, FederatedEvaluation))
+    last = evaluation.evaluate(loop, "test")
+    kept, best_round = last, loop.round - 1
+    if evaluation.best is not None and evaluation.best["round"] != loop.round - 1:
+        best_round = evaluation.best["round"]
+        evaluation.restore_best(loop)
+        kept = evaluation.evaluate(loop, "test")
+    state = loop.global_state() if "global" in kept else None
+    if state is not None:
+        atomic.save(run_folder.global_model, export_state_dict(state, loop.module.head_path))
+
+    def summaries(views: Mapping[str, Scores]) -> dict[str, dict[str, float] | None]:
+        people = {"global": loop.clients, "personal": loop.clients, "unseen": loop.unseen}
+        return {
+            view: evaluation.summary(views[view], people[view], "test") if view in views else None for view in people
+        }
+
+    def values(view: str) -> list[float | None]:
+        return list(kept[view].values(evaluation.metric)) if view in kept else [None] * len(loop.clients)
+
+    summary = summaries(kept)
+    results = build_results(
+        method=config["method"]["name"],
+        rounds=loop.round,
+        seed=loop.seed,
+        global_summary=summary["global"],
+        personal_summary=summary["personal"],
+        unseen_summary=summary["unseen"],
+        clients=client_entries([client.data for client in loop.clients], values("global"), values("personal")),
+        bytes_up=loop.bytes_up,
+        bytes_down=loop.bytes_down,
+        seconds=loop.seconds,
+        round_seconds=[row["time/seconds"] for row in loop.history],
+        extra={
+            "metric": evaluation.metric,
+            "kept": "best by validation" if evaluation.best is not None else "last: no validation data",
+            "best_round": best_round,
+            "last": summaries(last),
+            "data": config["data"],
+            "partition_hash": loop_partition_hash(run_folder),
+        },
+    )
+    write_json(run_folder.results, results)
+    if loop.logger is not None:
+        numbers = {f"final/{view}/{key}": v for view, s in summary.items() if s for key, v in s.items()}
+        log_hyperparameters(loop, config, numbers)
+        loop.logger.finalize("success")
+    return results
+
+
+def loop_partition_hash(run_folder: RunFolder) -> str:
+    """Return the hash of the run's partition."""
+    return Partition.from_json(run_folder.partition).hash
+
+
+def log_hyperparameters(loop: FederatedLoop, config: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
+    """Log the choices of a run beside its final numbers."""
+    flat = {
+        "method": config["method"]["name"],
+        "seed": config["seed"],
+        "rounds": loop.rounds,
+        "model": config["model"].get("name", config["model"]["_target_"].rpartition(".")[2]),
+        "data": config["data"]["_target_"].rpartition(".")[2],
+        **{f"optimizer.{key}": value for key, value in config["optimizer"].items() if not key.startswith("_")},
+        **{f"trainer.{key}": config["trainer"].get(key) for key in ("max_epochs", "precision")},
+    }
+    assert loop.logger is not None
+    if isinstance(loop.logger, TensorBoardLogger):
+        loop.logger.log_hyperparams(flat, dict(numbers), step=loop.round)
+    else:
+        loop.logger.log_hyperparams({**flat, "config": dict(config)})
+        loop.logger.log_metrics(dict(numbers), step=loop.round)
+
+
+def result_table(results: Mapping[str, Any]) -> str:
+    """Return the results of a run as text for a terminal."""
+    rows = [
+        {"model": view, **results[view]} for view in ("global", "personal", "unseen") if results[view] is not None
+    ]
+    title = (
+        f"{results['method']}, {results['rounds']} rounds, seed {results['seed']}: test {results['metric']} "
+        f"(model of round {results['best_round']}, {results['kept']})"
+    )
+    clients = [
+        {"client": entry["name"], **{key: entry[key] for key in ("num_train", "num_test", "global", "personal")}}
+        for entry in results["clients"]
+    ]
+    shown = plain_table(clients) if len(clients) <= 20 else ""
+    return "\n\n".join(part for part in (title, plain_table(rows), shown) if part)
+
+
+@contextmanager
+def stop_after_round(loop: FederatedLoop, run_folder: RunFolder) -> Iterator[None]:
+    """Let Ctrl-C end the run after the running round, saved; a second Ctrl-C ends it at once, saved as of the last."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        if loop.should_stop:
+            raise KeyboardInterrupt
+        loop.should_stop = True
+        print(
+            f"\nfinishing round {loop.round}, then saving; press Ctrl-C again to stop at once and lose only this round"
+            f"\ncontinue with: python train.py resume={run_folder.path}",
+            file=sys.stderr,
+        )
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
