@@ -15,7 +15,7 @@ import torch
 
 from fl_lightning.theory import figures
 from fl_lightning.theory.closed_forms import ft_polynomial, lpft_polynomial
-from fl_lightning.theory.linear_model import LinearProblem, simulate
+from fl_lightning.theory.linear_model import LinearProblem, UnitVectors, simulate
 from fl_lightning.theory.sweep import Sweep, SweepRow, write_csv
 
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         num_clients=sorted({options.clients, *options.client_counts}),
         heads=("stepped", "matched"),
         directions=("standard", "random"),
-        num_draws=min(options.draws, 10),
+        num_draws=min(options.draws, 5),
     )
     combined = dataclasses.replace(base, lambdas=options.lambdas, epsilons=options.epsilon, etas=options.combined_eta)
     one_draw = dataclasses.replace(base, lambdas=(options.lambda_,), num_draws=1)
@@ -68,10 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(_combined_table(combined_rows))
     print(f"\nLargest relative error of the closed forms against the simulation: {_largest_error(combined):.1e}")
 
-    def draws(directions: str, num_clients: int, epsilon: float | None) -> list[LinearProblem]:
-        return base.problems(directions, num_clients, options.s, epsilon, options.lambda_)  # type: ignore[arg-type]
+    def draws(directions: UnitVectors, num_clients: int, epsilon: float | None) -> list[LinearProblem]:
+        return base.problems(directions, num_clients, options.s, epsilon, options.lambda_)
 
-    map_etas = torch.logspace(-2, 1, 61, dtype=torch.float64)
+    map_etas = torch.logspace(-2, 1, options.resolution, dtype=torch.float64)
     by_epsilon = {epsilon: draws("standard", options.clients, epsilon) for epsilon in options.epsilon}
     grid = dataclasses.replace(
         base, etas=map_etas[::2].tolist(), lambdas=torch.logspace(-2, 1, 7).tolist(), num_draws=min(options.draws, 10)
@@ -113,7 +113,8 @@ def _concept_table(stepped: Sequence[SweepRow], matched: Sequence[SweepRow]) -> 
     lines = [
         f"Concept shift, global loss: C = {first.num_clients}, s = {first.s:g}, lambda = {first.lambda_:g}, "
         f"eta* = {first.eta_star:.4g}; one FT step",
-        f"{'eta':>8} {'un-tuned':>9} {'LP-FT':>9} {'FT':>9} {'winner':>7} {'FT, probed head':>16} {'distortion of FT':>17}",
+        f"{'eta':>8} {'un-tuned':>9} {'LP-FT':>9} {'FT':>9} {'winner':>7} "
+        f"{'FT, probed head':>16} {'distortion of FT':>17}",
     ]
     for own, probed in zip(stepped, matched, strict=True):
         untuned, lpft, ft = (own.outcomes[model] for model in ("un-tuned", "LP-FT", "FT"))
@@ -156,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, default=Path("logs/theory"), help="folder of the sweep as CSV and of the figures")
     add("--figures", type=Path, help="another folder for the figures")
     add("--dpi", type=int, default=110, help="resolution of the figures")
+    add("--resolution", type=int, default=61, help="step sizes on the axis of a map")
     add("--seed", type=int, default=0, help="seed of all draws")
     add("--draws", type=int, default=200, help="random problems to average over")
     add("--clients", type=int, default=5, help="C, number of clients")
@@ -169,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     lambdas = [0.01, 0.1, 0.5, 1.0, 2.0, 5.0]
     add("--lambdas", type=float, nargs="+", default=lambdas, help="heterogeneities of the sweeps")
     add("--epsilon", type=float, nargs="+", default=[0.1, 0.5, 1.0], help="spreads of the inputs, combined shift")
-    add("--strengths", type=float, nargs="+", default=[0.25, 1.0, 4.0], help="values of s in the sweep")
+    add("--strengths", type=float, nargs="+", default=[0.25, 0.5, 1.0, 2.0, 4.0], help="values of s in the sweep")
     add("--client-counts", type=int, nargs="+", default=[2, 5, 10], help="values of C in the sweep")
     add("--samples", type=int, nargs="+", default=[5, 20, 100, 1000], help="training samples per client, finite n")
     add("--label-noise", type=float, default=0.5, help="standard deviation of label noise, finite n")

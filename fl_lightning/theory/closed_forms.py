@@ -60,8 +60,9 @@ def alignment(directions: Tensor) -> Tensor:
 def concept_shift_losses(rho: Tensor, s: float, lambda_: float, eta: float) -> ConceptShiftLosses:
     r"""Return the global losses under concept shift.
 
-    Un-tuned :math:`\lambda^2`, LP-FT :math:`\lambda^2(2 - 2\rho)`, FT :math:`\lambda^2(\alpha^2 - 2\alpha\rho + 1)`, and
-    FT with the probed head :math:`\lambda^2((1+\beta)^2 - 2(1+\beta)\rho + 1)` where :math:`\beta = 2 \eta s`.
+    Un-tuned :math:`\lambda^2`, LP-FT :math:`\lambda^2(2 - 2\rho)`, FT
+    :math:`\lambda^2(\alpha^2 - 2\alpha\rho + 1)`, and FT with the probed head
+    :math:`\lambda^2((1+\beta)^2 - 2(1+\beta)\rho + 1)` where :math:`\beta = 2 \eta s`.
 
     Args:
         rho: Alignment of each client, shape (C,).
@@ -118,9 +119,9 @@ def lpft_polynomial(problem: LinearProblem) -> LossPolynomial:
 def ft_polynomial(problem: LinearProblem, eta: float) -> LossPolynomial:
     r"""Return FT's global loss, for any shift, as a polynomial in the heterogeneity.
 
-    With :math:`q = \Sigma_i b_i`, :math:`h = (B^{*T} B^* + s I) q` and :math:`\omega = V_0^T B^* q`, client i's map misses
-    client j's by :math:`\lambda (2 \eta h + 4 \eta^2 \lambda \omega q - b_j)`. Without :math:`\omega` (concept shift),
-    the heterogeneity only scales the loss.
+    With :math:`q = \Sigma_i b_i`, :math:`h = (B^{*T} B^* + s I) q` and :math:`\omega = V_0^T B^* q`, client i's map
+    misses client j's by :math:`\lambda (2 \eta h + 4 \eta^2 \lambda \omega q - b_j)`. Under concept shift
+    :math:`\omega = 0`, so the heterogeneity only scales the loss.
     """
     q = _pulled_features(problem)
     h = q @ problem.features.T @ problem.features + problem.s * q
@@ -137,8 +138,8 @@ def ft_polynomial(problem: LinearProblem, eta: float) -> LossPolynomial:
 def matched_ft_polynomial(problem: LinearProblem, eta: float) -> LossPolynomial:
     r"""Return the global loss of FT's features with the probed head.
 
-    Client i's map misses client j's by :math:`\lambda (b_i - b_j + 2 \eta s \Sigma_i b_i)`: the heterogeneity scales the
-    loss and never decides who wins.
+    Client i's map misses client j's by :math:`\lambda (b_i - b_j + 2 \eta s \Sigma_i b_i)`: the heterogeneity scales
+    the loss and never decides who wins.
     """
     zero = torch.zeros(problem.num_clients, dtype=torch.float64)
     reached = problem.client_features + 2 * eta * problem.s * _pulled_features(problem)
@@ -146,11 +147,12 @@ def matched_ft_polynomial(problem: LinearProblem, eta: float) -> LossPolynomial:
 
 
 def critical_heterogeneity(problem: LinearProblem, eta: float) -> Tensor:
-    r"""Return the largest :math:`\lambda^*` such that LP-FT is no worse than FT globally for all :math:`\lambda \le \lambda^*`.
+    r"""Return the largest :math:`\lambda^*` up to which LP-FT is no worse than FT in global loss.
 
-    Theorem 4.5 of the paper claims that a positive one exists. It is 0 where LP-FT loses already as the heterogeneity
-    tends to 0, and infinite where LP-FT never loses. Depends on the geometry and the step size, not on
-    ``problem.lambda_``.
+    Theorem 4.5 of the paper claims a positive one, below which this holds throughout. Here it is 0 where LP-FT loses
+    already as the heterogeneity tends to 0, and infinite where LP-FT never loses. It depends on the geometry and the
+    step size, not on ``problem.lambda_``. Beyond it LP-FT need not lose for good: the difference is a parabola in the
+    heterogeneity that opens upwards.
 
     Returns:
         One value per client, shape (C,), in [0, inf].

@@ -79,7 +79,8 @@ def draw_concept_shift_losses(
         _mark_critical(axes, critical_step_size(s))
         axes.legend(loc="upper left", fontsize=9)
     figure.suptitle(
-        f"Concept shift: C = {problem.num_clients}, s = {s:g}, $\\lambda$ = {lambda_:g}; lines: closed form, dots: simulation"
+        f"Concept shift: C = {problem.num_clients}, s = {s:g}, $\\lambda$ = {lambda_:g}; "
+        "lines: closed form, dots: simulation"
     )
     return figure
 
@@ -90,7 +91,6 @@ def draw_winner_maps(rows_by_title: Mapping[str, Sequence[SweepRow]], title: str
     The colour is (FT - LP-FT) / (FT + LP-FT) of the global losses: positive where LP-FT wins.
     """
     figure, panels = _panels(1, len(rows_by_title), width=4.6 * len(rows_by_title))
-    image = None
     for axes, (name, rows) in zip(panels, rows_by_title.items(), strict=True):
         etas, lambdas = sorted({row.eta for row in rows}), sorted({row.lambda_ for row in rows})
         by_point = {(row.eta, row.lambda_): row.outcomes for row in rows}
@@ -99,9 +99,11 @@ def draw_winner_maps(rows_by_title: Mapping[str, Sequence[SweepRow]], title: str
             for model in ("FT", "LP-FT")
         )
         difference = (ft - lpft) / (ft + lpft)
-        image = axes.pcolormesh(etas, lambdas, difference, cmap=_MAP, vmin=-1, vmax=1, shading="nearest")
+        axes.pcolormesh(etas, lambdas, difference, cmap=_MAP, vmin=-0.5, vmax=0.5, shading="nearest")
         _map_axes(axes, rows[0].eta_star, name)
-    figure.colorbar(image, ax=list(panels), label="(FT − LP-FT) / (FT + LP-FT), blue: LP-FT wins")
+    figure.colorbar(
+        panels[0].collections[0], ax=list(panels), label="(FT − LP-FT) / (FT + LP-FT), blue: LP-FT wins", extend="both"
+    )
     figure.suptitle(title)
     return figure
 
@@ -117,7 +119,6 @@ def draw_combined_shift_map(
         lambdas: Heterogeneities, shape (L,).
     """
     figure, panels = _panels(1, len(problems_by_epsilon), width=4.6 * len(problems_by_epsilon))
-    image = None
     for axes, (epsilon, problems) in zip(panels, problems_by_epsilon.items(), strict=True):
         share = np.empty((len(lambdas), len(etas)))
         for column, eta in enumerate(etas.tolist()):
@@ -125,9 +126,9 @@ def draw_combined_shift_map(
                 ft_polynomial(one, eta)(lambdas[:, None]) - lpft_polynomial(one)(lambdas[:, None]) for one in problems
             ]
             share[:, column] = (torch.cat(gaps, dim=1) >= 0).double().mean(dim=1).numpy()
-        image = axes.pcolormesh(etas, lambdas, share, cmap=_MAP, vmin=0, vmax=1, shading="nearest")
+        axes.pcolormesh(etas, lambdas, share, cmap=_MAP, vmin=0, vmax=1, shading="nearest")
         _map_axes(axes, critical_step_size(problems[0].s), f"$\\epsilon$ = {epsilon:g}")
-    figure.colorbar(image, ax=list(panels), label="share of clients where LP-FT is no worse")
+    figure.colorbar(panels[0].collections[0], ax=list(panels), label="share of clients where LP-FT is no worse")
     figure.suptitle("Combined shift: where LP-FT is no worse than FT in global loss")
     return figure
 
@@ -237,7 +238,9 @@ def draw_finite_samples(rows_by_samples: Mapping[str, Sequence[SweepRow]], title
                 )
         first = next(iter(rows_by_samples.values()))[0]
         axes.set_xscale("log")
-        axes.set_yscale("symlog", linthresh=0.1) if index == 0 else axes.set_yscale("log")
+        # Below k samples without label noise the local loss of LP-FT is 0, which a plain log scale cannot show.
+        axes.set_yscale("symlog", linthresh=0.1)
+        axes.set_ylim(bottom=0)
         _mark_critical(axes, first.eta_star)
     left.set_ylabel("global population loss")
     right.set_ylabel("local population loss")
