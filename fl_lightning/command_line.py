@@ -13,6 +13,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+import fl_lightning.config  # noqa: F401 - registers the schema before Hydra composes
+
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 log = logging.getLogger(__name__)

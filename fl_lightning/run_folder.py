@@ -81,6 +81,6 @@ class RunFolder:
             ValueError: If it is another partition.
         """
         if self.partition.exists():
-            Partition.from_json(self.partition).check_equal(partition)
+            Partition.load(self.partition).check_equal(partition)
         else:
-            partition.to_json(self.partition)
+            partition.save(self.partition)

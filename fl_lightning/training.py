@@ -193,7 +193,7 @@ def finish(loop: FederatedLoop, run_folder: RunFolder, config: Mapping[str, Any]
 
 def loop_partition_hash(run_folder: RunFolder) -> str:
     """Return the hash of the run's partition."""
-    return Partition.from_json(run_folder.partition).hash
+    return Partition.load(run_folder.partition).hash
 
 
 def log_hyperparameters(loop: FederatedLoop, config: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
