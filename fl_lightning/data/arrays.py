@@ -1,0 +1,157 @@
+"""Arrays of images and labels from files, checked before anything is done with them."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchvision.transforms.v2 import functional as vision
+
+from fl_lightning.data.image_files import fit_square
+
+ARRAY_NAMES = ("x_train", "y_train", "x_test", "y_test")
+
+_CHUNK = 1024  # images resized at a time: resizing works in floats, four times the bytes
+
+
+def read_npz(path: Path | str) -> dict[str, NDArray]:
+    """Read ``x_train, y_train, x_test, y_test`` from an ``.npz`` file. Nothing is ever unpickled.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is truncated, holds pickled objects, or lacks an array.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file '{path}'; it must hold the arrays {', '.join(ARRAY_NAMES)}.")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            missing = [name for name in ARRAY_NAMES if name not in archive.files]
+            if missing:
+                raise KeyError(
+                    f"'{path}' lacks {', '.join(missing)}; it must hold {', '.join(ARRAY_NAMES)}, and holds "
+                    f"{', '.join(archive.files) or 'nothing'}."
+                )
+            return {name: archive[name] for name in ARRAY_NAMES}
+    except KeyError as error:
+        raise ValueError(error.args[0]) from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"'{path}' is truncated or not an .npz of plain arrays ({error}); copy or write it again."
+        ) from error
+
+
+def image_tensor(array: NDArray, where: str, channels: int | None = None, resize: int | None = None) -> Tensor:
+    """Bring an array of images into the form of a pool.
+
+    Args:
+        array: uint8, (N, H, W) grey, or (N, H, W, C) with C of 1 or 3.
+        where: What it is called in error messages.
+        channels: 1 or 3; grey images are repeated for 3. ``None`` keeps what is there.
+        resize: Height and width in pixels. ``None`` keeps what is there.
+
+    Returns:
+        uint8, (N, C, H, W), contiguous.
+
+    Raises:
+        TypeError: If it is not uint8.
+        ValueError: If the shape is not that of images, or colour would have to become grey.
+    """
+    if array.dtype != np.uint8:
+        raise TypeError(f"{where} must be images of dtype uint8 with values 0 to 255, got {array.dtype}.")
+    if array.ndim == 3:
+        array = array[..., None]
+    if array.ndim != 4 or array.shape[-1] not in (1, 3):
+        raise ValueError(
+            f"{where} must have the shape (N, height, width), or (N, height, width, channels) with 1 or 3 channels, "
+            f"got {array.shape}."
+        )
+    return conform(torch.from_numpy(array).permute(0, 3, 1, 2), where, channels, resize)
+
+
+def conform(images: Tensor, where: str, channels: int | None = None, resize: int | None = None) -> Tensor:
+    """Bring uint8 images (N, C, H, W) to a number of channels and a square size. See :func:`image_tensor`."""
+    if channels not in (None, 1, 3):
+        raise ValueError(f"`channels` must be 1, 3 or null, got {channels}.")
+    if resize is not None and resize < 1:
+        raise ValueError(f"`resize` must be at least 1 pixel, or null, got {resize}.")
+    height, width = images.shape[-2:]
+    if resize is None and height != width:
+        raise ValueError(f"{where} has images of {height}x{width} pixels, which are not square; set `resize`.")
+    if channels == 1 and images.shape[1] == 3:
+        images = vision.rgb_to_grayscale(images)
+    if resize is not None and (height, width) != (resize, resize):
+        images = torch.cat([fit_square(chunk, resize) for chunk in images.split(_CHUNK)])
+    if channels == 3 and images.shape[1] == 1:
+        images = images.expand(-1, 3, -1, -1)
+    return images.contiguous()
+
+
+def label_tensor(array: NDArray, num_images: int, where: str, num_classes: int | None = None) -> Tensor:
+    """Bring an array of labels into the form of a pool.
+
+    Args:
+        array: Integers, (N,), from 0.
+        num_images: N.
+        where: What it is called in error messages.
+        num_classes: If known, what labels must be below.
+
+    Returns:
+        int64, (N,).
+
+    Raises:
+        TypeError: If they are not integers.
+        ValueError: If there is not one per image, or one lies outside the classes.
+    """
+    if not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(f"{where} must be whole numbers, got {array.dtype}.")
+    if array.shape != (num_images,):
+        raise ValueError(f"{where} must hold one label per image, shape ({num_images},), got {array.shape}.")
+    if num_images:
+        least, most = int(array.min()), int(array.max())
+        if least < 0:
+            raise ValueError(f"{where} holds the label {least}; labels count from 0.")
+        if num_classes is not None and most >= num_classes:
+            raise ValueError(
+                f"{where} holds the label {most}, outside the {num_classes} classes 0 to {num_classes - 1}."
+            )
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def class_names_of(classes: int | Sequence[str] | None, labels: Sequence[Tensor]) -> list[str]:
+    """Names of the classes, from the configuration or counted from the training labels.
+
+    Args:
+        classes: Their number or names, or ``None`` to count.
+        labels: All training labels.
+
+    Raises:
+        ValueError: If they must be counted and a number in between never occurs: the highest label then says nothing.
+    """
+    if isinstance(classes, int):
+        if classes < 2:
+            raise ValueError(f"`classes` must be at least 2, got {classes}.")
+        return [str(label) for label in range(classes)]
+    if classes is not None:
+        if len(set(classes)) != len(classes) or len(classes) < 2:
+            raise ValueError(f"`classes` must be at least two different names, got {list(classes)}.")
+        return [str(name) for name in classes]
+    present = torch.cat(list(labels)).unique().tolist()
+    if present != list(range(len(present))):
+        raise ValueError(
+            f"The classes cannot be counted, as the training labels are {_shortened(present)}, not all from 0 on; "
+            "say how many there are with `classes`."
+        )
+    return [str(label) for label in present]
+
+
+def _shortened(values: list[int]) -> str:
+    return ", ".join(str(value) for value in (values if len(values) <= 8 else values[:7])) + (
+        f", … {values[-1]}" if len(values) > 8 else ""
+    )

@@ -1,0 +1,117 @@
+"""Random crops and flips of whole batches, drawn for each image.
+
+The transforms of ``torchvision.transforms.v2`` draw *one* set of random parameters per call: given a batch, they crop
+or flip all its images alike, which is a much weaker augmentation than the usual one, where a data loader calls them
+image by image. The two that nearly every small-image recipe uses are therefore written here for batches, with
+parameters per image. Their numbers come from an explicit generator, so that a client's batches do not depend on who ran
+before it. Any transform of torchvision can stand beside them (see :func:`augment`); it then draws once per batch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms import v2
+
+
+class PerImageTransform(ABC):
+    """A random transform of a batch that draws its parameters for each image."""
+
+    @abstractmethod
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Transform uint8 images (N, C, H, W), drawing from a generator on the CPU.
+
+        The draws are made on the CPU wherever the images are, so that a GPU sees the same crops as a CPU.
+        """
+
+
+class RandomCrop(PerImageTransform):
+    """Pads each image with black and cuts a window of the original size at a random place.
+
+    Args:
+        padding: Pixels added on each side, at least 1. Each shift of up to so many pixels is equally likely.
+
+    Raises:
+        ValueError: If ``padding`` is below 1.
+    """
+
+    def __init__(self, padding: int = 4) -> None:
+        if padding < 1:
+            raise ValueError(f"`padding` must be at least 1, got {padding}.")
+        self.padding = padding
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        num_images, _, height, width = images.shape
+        shifts = torch.randint(0, 2 * self.padding + 1, (2, num_images), generator=generator).to(images.device)
+        padded = F.pad(images, [self.padding] * 4)
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: (N, C, top, left, H, W)
+        return windows[torch.arange(num_images, device=images.device), :, shifts[0], shifts[1]]
+
+
+class RandomHorizontalFlip(PerImageTransform):
+    """Mirrors each image left to right with a probability.
+
+    Args:
+        probability: In [0, 1].
+
+    Raises:
+        ValueError: If ``probability`` lies outside.
+    """
+
+    def __init__(self, probability: float = 0.5) -> None:
+        if not 0 <= probability <= 1:
+            raise ValueError(f"`probability` must lie in [0, 1], got {probability}.")
+        self.probability = probability
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        flip = (torch.rand(len(images), generator=generator) < self.probability).to(images.device)
+        return torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)
+
+
+#: One of our own transforms, or a torchvision v2 transform (or anything else from uint8 images to images).
+Transform = PerImageTransform | Callable[[Tensor], Tensor]
+
+
+def check_transforms(transforms: Sequence[Transform]) -> None:
+    """Raise unless each can be applied to a batch of images.
+
+    Raises:
+        TypeError: If one is not callable, or changes labels too (MixUp, CutMix).
+    """
+    for transform in transforms:
+        if isinstance(transform, (v2.MixUp, v2.CutMix)):
+            raise TypeError(
+                f"{type(transform).__name__} mixes labels, and `augment` sees images only; mix in the module's loss."
+            )
+        if not callable(transform):
+            raise TypeError(
+                f"Each entry of `augment` must be a transform with a `_target_`, got {transform!r} "
+                f"of type {type(transform).__name__}."
+            )
+
+
+def is_per_image(transforms: Sequence[Transform]) -> bool:
+    """Whether all transforms draw for each image, so that it does not matter how images are grouped."""
+    return all(isinstance(transform, PerImageTransform) for transform in transforms)
+
+
+def augment(images: Tensor, transforms: Sequence[Transform], generator: torch.Generator) -> Tensor:
+    """Apply transforms in order to uint8 images (N, C, H, W).
+
+    Torchvision's transforms draw from torch's global generator. It is seeded from ``generator`` for the call and put
+    back afterwards, so the result depends on ``generator`` alone and nothing outside notices.
+    """
+    for transform in transforms:
+        if isinstance(transform, PerImageTransform):
+            images = transform(images, generator)
+            continue
+        seed = int(torch.randint(0, 2**62, (), generator=generator))
+        devices = [images.device] if images.is_cuda else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            images = transform(images)
+    return images

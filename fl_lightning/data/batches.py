@@ -1,0 +1,116 @@
+"""In which order, and in which groups, the examples of one client become batches."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from fl_lightning.data.augmentation import Transform, augment, check_transforms
+from fl_lightning.data.normalization import Normalization
+from fl_lightning.seeding import derive_seed
+
+Batch = tuple[Tensor, Tensor]
+SourceT = TypeVar("SourceT")
+
+
+def batch_sizes(num_examples: int, batch_size: int, drop_last: bool = False, avoid_single: bool = False) -> list[int]:
+    """Cut a number of examples into batches.
+
+    A client with fewer examples than ``batch_size`` trains on one batch of all it has, also under ``drop_last``:
+    leaving it out would silently remove the smallest clients from a federation.
+
+    Args:
+        num_examples: At least 0.
+        batch_size: At least 1.
+        drop_last: Leave out a last batch that is not full, unless it is the only one.
+        avoid_single: Add a last batch of one example to the batch before it. BatchNorm cannot train on one example
+            (with a 1x1 feature map there is nothing to take a variance of), and dropping it would lose it.
+
+    Returns:
+        The sizes, in order.
+    """
+    full, rest = divmod(num_examples, batch_size)
+    sizes = [batch_size] * full
+    if rest == 0 or (drop_last and full):
+        return sizes
+    if rest == 1 and avoid_single and full:
+        return [*sizes[:-1], batch_size + 1]
+    return [*sizes, rest]
+
+
+class Batches(ABC, Generic[SourceT]):
+    """Batches (x, y) of one client's examples; each pass over it is an epoch in a fresh order.
+
+    The order and the augmentation of epoch *e* depend on ``(seed, e)`` and nothing else: not on other clients, not on
+    the number of processes, not on the global generators. Epochs count from 0 since the last :meth:`set_seed`.
+
+    Args:
+        source: Where the examples of all clients are.
+        indices: int64, (n,): those of this client.
+        batch_size: Examples per batch, at least 1.
+        normalization: Applied last, to whole blocks.
+        seed: Of order and augmentation; ``None`` keeps the order of ``indices`` and augments nothing (evaluation).
+        transforms: Augmentation of uint8 images, see :func:`fl_lightning.data.augmentation.augment`.
+        drop_last: See :func:`batch_sizes`.
+        avoid_single: See :func:`batch_sizes`.
+
+    Raises:
+        TypeError: If a transform is not one.
+        ValueError: If ``batch_size`` is below 1.
+    """
+
+    def __init__(
+        self,
+        source: SourceT,
+        indices: Tensor,
+        batch_size: int,
+        *,
+        normalization: Normalization,
+        seed: int | None = None,
+        transforms: Sequence[Transform] = (),
+        drop_last: bool = False,
+        avoid_single: bool = False,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        check_transforms(transforms)
+        self.source = source
+        self.indices = indices
+        self.batch_size = batch_size
+        self.normalization = normalization
+        self.transforms = tuple(transforms) if seed is not None else ()
+        self.sizes = batch_sizes(len(indices), batch_size, drop_last, avoid_single)
+        self._seed = seed
+        self._epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def set_seed(self, seed: int) -> None:
+        """Fix the order of the coming epochs and count them from 0 again."""
+        self._seed = seed
+        self._epoch = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        # The body of a generator runs at the first `next`, so an iterator that is made and dropped costs no epoch.
+        if self._seed is None:
+            yield from self._epoch_batches(self.indices, None)
+            return
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, "epoch", self._epoch))
+        self._epoch += 1
+        order = self.indices[torch.randperm(len(self.indices), generator=generator)]
+        yield from self._epoch_batches(order, generator)
+
+    @abstractmethod
+    def _epoch_batches(self, order: Tensor, generator: torch.Generator | None) -> Iterator[Batch]:
+        """Yield the batches of ``self.sizes`` of the examples in this order, augmented and normalised."""
+
+    def _prepare(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Augment and normalise uint8 images (N, C, H, W)."""
+        if generator is not None and self.transforms:
+            images = augment(images, self.transforms, generator)
+        return self.normalization(images)

@@ -1,0 +1,148 @@
+"""The examples of one client, as a Lightning data module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from typing_extensions import override
+
+from fl_lightning.data.augmentation import Transform, check_transforms
+from fl_lightning.data.batches import Batches
+from fl_lightning.data.image_files import FileBatches, ImageFiles
+from fl_lightning.data.image_pool import ImagePool
+from fl_lightning.data.index_batches import IndexBatches
+from fl_lightning.data.normalization import Normalization
+from fl_lightning.data.partition import ClientIndices, Split
+
+#: Where examples are: in memory or on disk.
+ImageSource = ImagePool | ImageFiles
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """How examples become batches; the same for all clients.
+
+    Args:
+        batch_size: Training examples per batch, at least 1.
+        eval_batch_size: Validation and test examples per batch, at least 1; no gradients are kept, so it may be large.
+        normalization: Mean and standard deviation.
+        transforms: Augmentation of training batches.
+        drop_last: Leave out a last training batch that is not full, unless it is the only one.
+        avoid_single: Add a last training batch of one example to the one before it.
+
+    Raises:
+        ValueError: If a number is out of range.
+        TypeError: If a transform is not one.
+    """
+
+    batch_size: int = 32
+    eval_batch_size: int = 512
+    normalization: Normalization = field(default_factory=Normalization)
+    transforms: Sequence[Transform] = ()
+    drop_last: bool = False
+    avoid_single: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "eval_batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+        check_transforms(self.transforms)
+
+
+class ClientData(LightningDataModule):
+    """One client's training, validation and test batches.
+
+    Batches are ``(x, y)``: x float32 (N, C, H, W), normalised; y int64 (N,). Call :meth:`seed` before a fit; the
+    epochs that follow, in one fit or in several phases of it, each have an order of their own.
+
+    Args:
+        id: Position in the federation.
+        source: The images and labels of all clients.
+        indices: Which of them are this client's.
+        num_classes: Classes of the whole federation.
+        options: How batches are made.
+        default_seed: Of the order until :meth:`seed` is called.
+    """
+
+    def __init__(
+        self,
+        id: int,
+        source: ImageSource,
+        indices: ClientIndices,
+        num_classes: int,
+        options: BatchOptions,
+        default_seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.id = id
+        self.name = indices.name
+        self.num_classes = num_classes
+        self.batch_size = options.batch_size
+        self.eval_batch_size = options.eval_batch_size
+        self._source = source
+        self._indices = indices
+        self._options = options
+        self._seed = default_seed
+        self._train_batches: Batches | None = None
+
+    @property
+    def num_train(self) -> int:
+        return len(self._indices.train)
+
+    @property
+    def num_val(self) -> int:
+        return len(self._indices.indices("val"))
+
+    @property
+    def num_test(self) -> int:
+        return len(self._indices.test)
+
+    def label_counts(self, split: Split = "train") -> Tensor:
+        """How many examples of each class a split has: int64, (num_classes,), on the CPU."""
+        labels = self._source.labels.cpu()[self._indices.indices(split)]
+        return torch.bincount(labels, minlength=self.num_classes)
+
+    def examples(self, split: Split) -> tuple[Tensor, Tensor]:
+        """A whole split at once: images uint8 (n, C, H, W), not normalised, and labels int64 (n,)."""
+        return self._source.gather(self._indices.indices(split))
+
+    def seed(self, value: int) -> None:
+        """Fix order and augmentation of the coming epochs: epoch *e* from now on depends on ``(value, e)`` alone."""
+        self._seed = value
+        if self._train_batches is not None:
+            self._train_batches.set_seed(value)
+
+    @override
+    def train_dataloader(self) -> Batches:
+        # Kept, because it counts the epochs: a second phase of a fit must not repeat the order of the first.
+        if self._train_batches is None or self._train_batches.batch_size != self.batch_size:
+            self._train_batches = self._batches("train", self.batch_size, self._seed)
+        return self._train_batches
+
+    @override
+    def val_dataloader(self) -> Batches:
+        return self._batches("val", self.eval_batch_size, None)
+
+    @override
+    def test_dataloader(self) -> Batches:
+        return self._batches("test", self.eval_batch_size, None)
+
+    def _batches(self, split: Split, batch_size: int, seed: int | None) -> Batches:
+        options = self._options
+        training = seed is not None
+        kind: Callable[..., Batches] = IndexBatches if isinstance(self._source, ImagePool) else FileBatches
+        return kind(
+            self._source,
+            self._indices.indices(split),
+            batch_size,
+            normalization=options.normalization,
+            seed=seed,
+            transforms=options.transforms,
+            drop_last=options.drop_last and training,
+            avoid_single=options.avoid_single and training,
+        )

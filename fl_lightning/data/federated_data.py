@@ -1,0 +1,230 @@
+"""A data set divided among clients."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fl_lightning.data.augmentation import Transform
+from fl_lightning.data.client_data import BatchOptions, ClientData, ImageSource
+from fl_lightning.data.image_pool import ImagePool
+from fl_lightning.data.normalization import Normalization
+from fl_lightning.data.partition import ClientIndices, Partition, Split
+from fl_lightning.data.splits import part_size, stratified_split
+from fl_lightning.seeding import derive_seed
+
+#: BatchNorm cannot train on one example, and no model learns from it.
+MIN_TRAIN = 2
+
+
+@dataclass
+class Examples:
+    """What a data set hands over: images, labels, and which client has which.
+
+    Args:
+        name: Of the data set.
+        source: All images and labels, of all clients.
+        class_names: One per class.
+        clients: Training and test examples of each client. ``val`` may be left open.
+        description: How clients were formed, for people.
+    """
+
+    name: str
+    source: ImageSource
+    class_names: Sequence[str]
+    clients: Sequence[ClientIndices]
+    description: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class FederatedData(ABC):
+    """All clients of a data set. Each data set is a subclass that says in :meth:`read` where examples come from.
+
+    Everything that can be wrong with the data is checked here, once, before any training.
+
+    Args:
+        batch_size: Training examples per batch.
+        eval_batch_size: Validation and test examples per batch.
+        val_fraction: Share of each client's training examples that is kept for validation, in [0, 1), class by class.
+        seed: Of everything drawn here: partition, splits, and the order of batches unless a client is seeded.
+        augment: Random transforms of training batches, see :mod:`fl_lightning.data.augmentation`.
+        mean: Of the pixels scaled to [0, 1]: one value, or one per channel.
+        std: Likewise.
+        drop_last: Leave out a last training batch that is not full, unless it is a client's only one.
+        avoid_single: Add a last training batch of one example to the one before it, for the sake of BatchNorm.
+
+    Attributes:
+        clients: Those that take part.
+        unseen: Those held out, on which a method is tried that never saw them.
+        num_classes: Classes.
+        class_names: Their names.
+        in_channels: 1 or 3.
+        image_size: Height and width in pixels.
+        name: Of the data set.
+        partition: Who has which example.
+
+    Raises:
+        ValueError: If a setting is out of range, or the data are not what they must be, saying which and why.
+    """
+
+    batch_size: int = 32
+    eval_batch_size: int = 512
+    val_fraction: float = 0.2
+    seed: int = 0
+    augment: Sequence[Transform] | None = None
+    mean: float | Sequence[float] = 0.5
+    std: float | Sequence[float] = 0.5
+    drop_last: bool = False
+    avoid_single: bool = True
+
+    clients: list[ClientData] = field(init=False)
+    unseen: list[ClientData] = field(init=False)
+    num_classes: int = field(init=False)
+    class_names: list[str] = field(init=False)
+    in_channels: int = field(init=False)
+    image_size: int = field(init=False)
+    partition: Partition = field(init=False)
+    name: str = field(init=False)
+
+    @abstractmethod
+    def read(self) -> Examples:
+        """Read the data set and say which client has which example."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"`val_fraction` must lie in [0, 1), got {self.val_fraction}.")
+        self._options = BatchOptions(
+            batch_size=self.batch_size,
+            eval_batch_size=self.eval_batch_size,
+            normalization=Normalization(self.mean, self.std),
+            transforms=tuple(self.augment or ()),
+            drop_last=self.drop_last,
+            avoid_single=self.avoid_single,
+        )
+        examples = self.read()
+        self.name = examples.name
+        self.class_names = list(examples.class_names)
+        self.num_classes = len(self.class_names)
+        self.in_channels = examples.source.channels
+        self.image_size = examples.source.image_size
+        self._options.normalization.check_channels(self.in_channels)
+        self._source = examples.source
+        _check_labels(examples.source.labels, self.num_classes, self.name)
+        _check_clients(examples.clients)
+        ordered = sorted(examples.clients, key=lambda client: client.unseen)
+        self._use(
+            Partition(
+                source=self.name,
+                fingerprint=examples.source.fingerprint(),
+                num_examples=len(examples.source),
+                num_classes=self.num_classes,
+                clients=tuple(self._with_validation(client) for client in ordered),
+                description={**examples.description, "val_fraction": self.val_fraction, "seed": self.seed},
+            )
+        )
+
+    def _with_validation(self, client: ClientIndices) -> ClientIndices:
+        """Take the validation split out of the training examples, unless the data set has one."""
+        if client.val is not None:
+            return client
+        labels = self._source.labels[client.train].numpy()
+        rng = np.random.default_rng(derive_seed(self.seed, "val", client.name))
+        rest, part = stratified_split(labels, part_size(len(labels), self.val_fraction, leave=MIN_TRAIN), rng)
+        return replace(client, train=client.train[torch.from_numpy(rest)], val=client.train[torch.from_numpy(part)])
+
+    def _use(self, partition: Partition) -> None:
+        self.partition = partition
+        everyone = [
+            ClientData(
+                id=position,
+                source=self._source,
+                indices=indices,
+                num_classes=self.num_classes,
+                options=self._options,
+                default_seed=derive_seed(self.seed, "batches", position),
+            )
+            for position, indices in enumerate(partition.clients)
+        ]
+        num_seen = sum(not indices.unseen for indices in partition.clients)
+        self.clients, self.unseen = everyone[:num_seen], everyone[num_seen:]
+
+    def reuse(self, partition: Partition) -> None:
+        """Divide these data as an earlier run did, whatever seed and partitioner were given here.
+
+        Args:
+            partition: Of the earlier run.
+
+        Raises:
+            ValueError: If it was made of other images, labels or classes.
+        """
+        if (partition.fingerprint, partition.num_classes) != (self.partition.fingerprint, self.num_classes):
+            self.partition.check_equal(partition)
+        self._use(partition)
+
+    def to(self, device: torch.device | str) -> bool:
+        """Move the images of all clients to a device, if they are in memory and fit there.
+
+        Args:
+            device: Where batches are wanted.
+
+        Returns:
+            Whether batches are now made on that device.
+        """
+        if not isinstance(self._source, ImagePool) or not self._source.fits(device):
+            return False
+        self._source.to(device)
+        return True
+
+    def share_memory(self) -> None:
+        """Put images in memory where spawned processes see them without a copy. Forked ones do so anyway."""
+        if isinstance(self._source, ImagePool):
+            self._source.share_memory()
+
+    def label_counts(self, split: Split = "train") -> Tensor:
+        """Examples per class of every client, unseen ones last: int64, (clients, num_classes)."""
+        return torch.stack([client.label_counts(split) for client in [*self.clients, *self.unseen]])
+
+    def summary(self) -> list[dict[str, Any]]:
+        """One row per client, unseen ones last: id, name, num_train, num_val, num_test."""
+        return [
+            {
+                "id": client.id,
+                "name": client.name,
+                "num_train": client.num_train,
+                "num_val": client.num_val,
+                "num_test": client.num_test,
+            }
+            for client in [*self.clients, *self.unseen]
+        ]
+
+
+def _check_labels(labels: Tensor, num_classes: int, name: str) -> None:
+    if len(labels) == 0:
+        raise ValueError(f"'{name}' has no images.")
+    least, most = int(labels.min()), int(labels.max())
+    if least < 0 or most >= num_classes:
+        wrong = least if least < 0 else most
+        raise ValueError(f"'{name}' has the label {wrong}, outside its {num_classes} classes 0 to {num_classes - 1}.")
+
+
+def _check_clients(clients: Sequence[ClientIndices]) -> None:
+    if all(client.unseen for client in clients):
+        raise ValueError("At least one client must take part in training, got none that is not held out as unseen.")
+    names = [client.name for client in clients]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"Clients must have different names, got '{twice}' more than once.")
+    for client in clients:
+        if len(client.train) < MIN_TRAIN:
+            raise ValueError(
+                f"Client '{client.name}' has {len(client.train)} training image(s), at least {MIN_TRAIN} are needed; "
+                "give it more or leave it out."
+            )
+        if len(client.test) == 0:
+            raise ValueError(f"Client '{client.name}' has no test image, at least 1 is needed; it could not be scored.")

@@ -1,0 +1,185 @@
+"""Images that stay on disk and are decoded when a batch needs them."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as vision
+from typing_extensions import override
+
+from fl_lightning.data.batches import Batch, Batches
+from fl_lightning.data.image_pool import ImagePool
+
+Fit = Literal["crop", "squash"]
+
+#: Endings that count as images when a folder is read.
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+
+
+def read_image(path: Path | str, channels: int, image_size: int, fit: Fit = "crop") -> Tensor:
+    """Decode an image file.
+
+    Args:
+        path: Any format that Pillow reads.
+        channels: 1 for grey, 3 for colour.
+        image_size: Height and width of the result, in pixels.
+        fit: What to do with an image that is not square: ``"crop"`` resizes its shorter side and cuts the centre,
+            ``"squash"`` resizes both sides.
+
+    Returns:
+        uint8, (channels, image_size, image_size).
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is truncated or not an image.
+    """
+    try:
+        with Image.open(path) as file:
+            pixels = np.array(file.convert("L" if channels == 1 else "RGB"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"The image file '{path}' does not exist.") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"'{path}' is truncated or not an image ({error}); replace or remove it.") from error
+    image = torch.from_numpy(pixels)
+    image = image.unsqueeze(0) if channels == 1 else image.permute(2, 0, 1)
+    return fit_square(image, image_size, fit).contiguous()
+
+
+def fit_square(image: Tensor, image_size: int, fit: Fit = "crop") -> Tensor:
+    """Bring an image (C, H, W), or a batch of them, to a square size. See :func:`read_image`."""
+    height, width = image.shape[-2:]
+    if height == width == image_size:
+        return image
+    if fit == "squash" or height == width:
+        return vision.resize(image, [image_size, image_size], antialias=True)
+    return vision.center_crop(vision.resize(image, [image_size], antialias=True), [image_size, image_size])
+
+
+class ImageFiles:
+    """Labels in memory, images on disk. It offers what :class:`~fl_lightning.data.image_pool.ImagePool` offers.
+
+    Args:
+        paths: Image files; relative to ``root``, where they are hashed by their relative names.
+        labels: int64, (N,).
+        root: The folder of the data set.
+        channels: 1 or 3.
+        image_size: Height and width to which each image is brought, in pixels.
+        fit: See :func:`read_image`.
+        num_workers: Processes that decode the images of a batch; 0 decodes in this one.
+
+    Raises:
+        ValueError: If the numbers of paths and labels differ, or an argument is out of range.
+        FileNotFoundError: If a file is missing.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        labels: Tensor,
+        root: Path | str,
+        channels: int = 3,
+        image_size: int = 224,
+        fit: Fit = "crop",
+        num_workers: int = 0,
+    ) -> None:
+        if len(paths) != len(labels):
+            raise ValueError(f"Expected one label per image file, got {len(paths)} files and {len(labels)} labels.")
+        if channels not in (1, 3):
+            raise ValueError(f"`channels` must be 1 (grey) or 3 (colour), got {channels}.")
+        if image_size < 1:
+            raise ValueError(f"`image_size` must be at least 1 pixel, got {image_size}.")
+        if fit not in ("crop", "squash"):
+            raise ValueError(f"`fit` must be 'crop' or 'squash', got {fit!r}.")
+        if num_workers < 0:
+            raise ValueError(f"`num_workers` must be at least 0, got {num_workers}.")
+        self.root = Path(root)
+        # One array of strings: a list would be a Python object per file, whose reference counts make every worker
+        # process copy the memory it was forked with.
+        self.paths = np.array(list(paths), dtype=str)
+        self.labels = labels
+        self.channels = channels
+        self.image_size = image_size
+        self.fit = fit
+        self.num_workers = num_workers
+        digest = hashlib.sha256()
+        for path, label in zip(paths, labels.tolist(), strict=True):
+            file = self.root / path
+            if not file.is_file():
+                raise FileNotFoundError(f"The image file '{file}' does not exist.")
+            digest.update(f"{Path(path).as_posix()}\0{file.stat().st_size}\0{label}\n".encode())
+        self._fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the decoded images would take."""
+        return len(self) * self.channels * self.image_size**2
+
+    def read(self, index: int) -> Tensor:
+        """Decode one image: uint8 (C, H, W)."""
+        return read_image(self.root / str(self.paths[index]), self.channels, self.image_size, self.fit)
+
+    def gather(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Decode some examples: uint8 (n, C, H, W) and labels int64 (n,)."""
+        images = torch.empty(len(indices), self.channels, self.image_size, self.image_size, dtype=torch.uint8)
+        for position, index in enumerate(indices.tolist()):
+            images[position] = self.read(index)
+        return images, self.labels[indices]
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names, sizes and labels. The pixels are not read: that would take as long as an epoch."""
+        return self._fingerprint
+
+    def decode(self) -> ImagePool:
+        """Decode everything into memory."""
+        images, labels = self.gather(torch.arange(len(self)))
+        return ImagePool(images, labels)
+
+
+class _DecodedFiles(Dataset[tuple[Tensor, int]]):
+    """What a worker process of the data loader runs."""
+
+    def __init__(self, files: ImageFiles) -> None:
+        self.files = files
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.files.read(index), int(self.files.labels[index])
+
+
+class FileBatches(Batches[ImageFiles]):
+    """Batches of one client out of image files, decoded by the workers of a torch ``DataLoader``.
+
+    Workers decode and resize; augmentation and normalisation run here on whole batches, as they do for a pool.
+
+    For arguments see :class:`~fl_lightning.data.batches.Batches`; the source is an :class:`ImageFiles`.
+    """
+
+    @override
+    def _epoch_batches(self, order: Tensor, generator: torch.Generator | None) -> Iterator[Batch]:
+        ends = [0, *accumulate(self.sizes)]
+        with warnings.catch_warnings():
+            # Torch compares with the cores of this machine; how many workers are wanted is the configuration's choice.
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            loader = DataLoader(
+                _DecodedFiles(self.source),
+                batch_sampler=[order[a:b].tolist() for a, b in zip(ends[:-1], ends[1:], strict=True)],
+                num_workers=self.source.num_workers,
+                pin_memory=torch.cuda.is_available(),
+                # Without a generator of its own a DataLoader draws from the global one, which would let the order of
+                # clients change everything that is drawn afterwards.
+                generator=torch.Generator(),
+            )
+        for images, labels in loader:
+            yield self._prepare(images, generator), labels
