@@ -18,12 +18,14 @@ Batch = tuple[Tensor, Tensor]
 
 
 class HasExamples(Protocol):
-    """What evaluation needs of a client's data: :class:`fl_lightning.data.client_data.ClientData` has it."""
+    """What evaluation needs of a client's data: :class:`fl_lightning.data.client_data.ClientData` has it.
+
+    ``eval_dataloader("train")`` gives the training examples in order and not augmented; ``train_dataloader`` would do
+    neither, and counts epochs, so that looking at the training loss would change the training.
+    """
 
     num_classes: int
     eval_batch_size: int
-
-    def train_dataloader(self) -> Any: ...
 
     def val_dataloader(self) -> Any: ...
 
@@ -124,6 +126,36 @@ def predict(forward: Forward, batches: Iterable[Batch]) -> Batch:
     if not outputs:
         raise ValueError("Expected at least one batch to predict, but got none. Does this client have examples?")
     return torch.cat(outputs), torch.cat(targets)
+
+
+def predict_clients(
+    forward: Forward, datas: Sequence[HasExamples], split: str = "test", batch_size: int | None = None
+) -> list[Batch]:
+    """Outputs and targets of every client, small clients sharing forward passes as in :func:`score_clients`.
+
+    Everything is kept, on the module's device: meant for features and for confusion matrices, not for large images.
+
+    Args:
+        forward: From x (N, ...) to outputs (N, ...), such as ``module.features``.
+        datas: The clients' data.
+        split: ``"test"``, ``"val"`` or ``"train"``.
+        batch_size: As in :func:`score_clients`.
+
+    Returns:
+        For each client, in order, outputs (n, ...) in float32 and targets (n,); both empty, of shape (0,), for a client
+        without examples.
+    """
+    pieces: list[list[Batch]] = [[] for _ in datas]
+    with evaluating(forward) as module:
+        device = _device(module)
+        for batch in joined_batches(datas, split, batch_size):
+            outputs = _outputs(forward, batch.x, device)
+            targets = batch.y.to(outputs.device, non_blocking=True)
+            sizes = [part.size for part in batch.parts]
+            for part, *piece in zip(batch.parts, outputs.split(sizes), targets.split(sizes), strict=True):
+                pieces[part.client].append((piece[0], piece[1]))
+    nothing = (torch.empty(0), torch.empty(0, dtype=torch.long))
+    return [(torch.cat([x for x, _ in own]), torch.cat([y for _, y in own])) if own else nothing for own in pieces]
 
 
 def score_clients(
@@ -234,12 +266,18 @@ def _parts(datas: Sequence[HasExamples], split: str) -> Iterator[tuple[Tensor, T
     """Every batch of every client, each knowing whether it is its client's last one."""
     for client, data in enumerate(datas):
         previous: Batch | None = None
-        for batch in getattr(data, f"{split}_dataloader")():
+        for batch in _loader(data, split):
             if previous is not None:
                 yield (*previous, Part(client, len(previous[1]), last=False))
             previous = (batch[0], batch[1])
         if previous is not None:
             yield (*previous, Part(client, len(previous[1]), last=True))
+
+
+def _loader(data: Any, split: str) -> Iterable[Batch]:
+    if split == "train":
+        return data.eval_dataloader(split)
+    return data.val_dataloader() if split == "val" else data.test_dataloader()
 
 
 def _join(waiting: list[tuple[Tensor, Tensor, Part]]) -> JoinedBatch:

@@ -9,7 +9,7 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from fl_lightning.evaluation.predict import evaluating, joined_batches, predict, score_clients
+from fl_lightning.evaluation.predict import evaluating, joined_batches, predict, predict_clients, score_clients
 
 NUM_CLASSES = 4
 
@@ -28,9 +28,6 @@ class FakeData:
 
     def test_dataloader(self) -> Iterator[tuple[Tensor, Tensor]]:
         return iter(list(zip(self.x.split(self.batch_size), self.y.split(self.batch_size), strict=True)))
-
-    def train_dataloader(self) -> Iterator[tuple[Tensor, Tensor]]:
-        raise AssertionError("not asked for")
 
     def val_dataloader(self) -> Iterator[tuple[Tensor, Tensor]]:
         return iter([])
@@ -194,3 +191,26 @@ def test_bad_arguments_are_refused(datas: list[FakeData]) -> None:
         score_clients(CountedForwards(), datas, split="valid")
     with pytest.raises(ValueError, match="at least one client"):
         score_clients(CountedForwards(), [])
+
+
+def test_outputs_of_each_client(datas: list[FakeData]) -> None:
+    model = CountedForwards()
+    for data, (outputs, targets) in zip(datas, predict_clients(model, datas), strict=True):
+        if isinstance(data, EmptyData):
+            assert len(outputs) == len(targets) == 0
+        else:
+            torch.testing.assert_close(outputs, model.linear(data.x))
+            assert torch.equal(targets, data.y)
+            assert not outputs.is_inference()
+    assert sum(model.sizes) == 65
+
+
+def test_the_training_split_is_asked_for_in_order_and_not_augmented(datas: list[FakeData]) -> None:
+    class TrainData(FakeData):
+        def eval_dataloader(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
+            assert split == "train"
+            return self.test_dataloader()
+
+    model = CountedForwards()
+    found = score_clients(model, [TrainData(1, 10)], split="train")
+    assert found.by_client == score_clients(model, [FakeData(1, 10)]).by_client

@@ -1,0 +1,86 @@
+r"""How far fine-tuning moves the features that the global model had learned.
+
+Chen, Ghoukasian, Jin, Wang, Karimireddy, Li, A Closer Look at Personalized Fine-Tuning in Heterogeneous Federated
+Learning, 2025, https://arxiv.org/abs/2511.12695, section 3.5: with the features :math:`f(\theta; x)` before the head,
+
+.. math:: \Delta_c = \frac1n \sum_j \lVert f(\theta_G; x_{c,j}) - f(\theta_c; x_{c,j}) \rVert_2,
+
+reported as the mean over clients *c*. The formula runs over the client's own data; the words beside it speak of all
+data points of all clients. Both are here. Features are taken in eval mode, which the paper leaves open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fl_lightning.evaluation.predict import Forward, HasExamples, predict_clients
+
+
+def mean_distance(first: Tensor, second: Tensor) -> float:
+    """Mean l2 distance between the features of the same examples in two models.
+
+    Args:
+        first: Features (n, D) or (n, ...).
+        second: Features of the same examples in the same order.
+
+    Returns:
+        At least 0; 0 if and only if the features are the same; NaN without examples.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    if first.shape != second.shape:
+        raise ValueError(
+            f"Expected features of the same shape, but got {tuple(first.shape)} and {tuple(second.shape)}."
+        )
+    difference = (first - second.to(first.device)).flatten(1) if first.ndim > 1 else first[:, None] - second[:, None]
+    return float(torch.linalg.vector_norm(difference, dim=1).mean())
+
+
+class FeatureDistortion:
+    """Measures how far models have moved from a reference, whose features are computed once and kept.
+
+    Args:
+        features: Of the reference model, from x (N, ...) to features (N, D): ``module.features``. Called at once, so
+            that the module may then hold other models.
+        datas: The clients' data.
+        split: ``"test"``, ``"val"`` or ``"train"``.
+    """
+
+    def __init__(self, features: Forward, datas: Sequence[HasExamples], split: str = "test") -> None:
+        self.datas = datas
+        self.split = split
+        self.reference = [outputs for outputs, _ in predict_clients(features, datas, split)]
+
+    def own(self, features: Forward, client: int) -> float:
+        """Distortion on the data of one client, as the paper's formula has it; NaN without examples."""
+        ((found, _),) = predict_clients(features, [self.datas[client]], self.split)
+        return mean_distance(self.reference[client], found)
+
+    def everyone(self, features: Forward) -> float:
+        """Distortion over all data points across all clients, as the paper's words have it."""
+        found = [outputs for outputs, _ in predict_clients(features, self.datas, self.split) if len(outputs)]
+        return mean_distance(torch.cat([outputs for outputs in self.reference if len(outputs)]), torch.cat(found))
+
+
+def weight_norm(tensors: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]) -> float:
+    """Frobenius norm of all weight matrices together, without biases and other vectors.
+
+    Of the head it tells how linear probing leads to smaller feature changes afterwards, at a price in calibration:
+    Tomihari, Sato, Understanding Linear Probing then Fine-tuning Language Models from NTK Perspective, NeurIPS 2024,
+    https://arxiv.org/abs/2405.16747.
+
+    Args:
+        tensors: Names and tensors, such as ``module.head.named_parameters()`` or a state.
+
+    Raises:
+        ValueError: If there is no matrix among them.
+    """
+    pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
+    squares = [tensor.detach().double().square().sum() for _, tensor in pairs if tensor.ndim >= 2]
+    if not squares:
+        raise ValueError("Expected at least one weight matrix, but got none. Is this the head?")
+    return float(torch.stack(squares).sum().sqrt())

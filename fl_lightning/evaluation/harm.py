@@ -1,0 +1,155 @@
+"""Who gains and who is harmed, client by client.
+
+A better mean can hide clients that are served worse than before; Wu, Li, Charles, Xiao, Liu, Xu, Smith, Motley:
+Benchmarking Heterogeneity and Personalization in Federated Learning, 2022, https://arxiv.org/abs/2206.09262, find that
+fine-tuning does this to a sizeable share of them.
+
+All functions take one value per client, higher being better; NaN is a client without a value. Such clients are left out
+wherever a number is made of several clients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import wilcoxon
+
+from fl_lightning.evaluation.summary import mean, worst, worst_k
+
+
+def change(values: Sequence[float], baseline: Sequence[float]) -> NDArray[np.float64]:
+    """What each client gains (positive) or loses (negative) against a baseline; NaN where either has no value.
+
+    Raises:
+        ValueError: If the numbers of clients differ.
+    """
+    first, second = np.asarray(values, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
+    if first.shape != second.shape or first.ndim != 1:
+        raise ValueError(f"Expected the same clients in both, but got {first.size} and {second.size} values.")
+    return first - second
+
+
+def share_hurt(values: Sequence[float], baseline: Sequence[float], tolerance: float = 0.0) -> float:
+    """Share of clients that lose more than ``tolerance`` against a baseline, in [0, 1]; NaN without clients."""
+    changes = _present(change(values, baseline))
+    return float((changes < -tolerance).mean()) if changes.size else math.nan
+
+
+def jain_fairness(values: Sequence[float]) -> float:
+    r"""Jain's index :math:`(\sum_i x_i)^2 / (n \sum_i x_i^2)`: 1 if all get the same, 1/n if one gets everything.
+
+    Jain, Chiu, Hawe, A Quantitative Measure of Fairness and Discrimination for Resource Allocation in Shared Computer
+    Systems, DEC Research Report TR-301, 1984, https://arxiv.org/abs/cs/9809099.
+
+    Args:
+        values: What each client gets, at least 0. If all get 0, all get the same: 1.
+
+    Raises:
+        ValueError: If a value is negative.
+    """
+    present = _present(values)
+    if (present < 0).any():
+        raise ValueError(f"Expected values of at least 0, but got {present.min()}.")
+    if not present.size:
+        return math.nan
+    squares = float((present**2).sum())
+    return 1.0 if squares == 0 else float(present.sum() ** 2 / (present.size * squares))
+
+
+def harm(
+    values: Sequence[float], baseline: Sequence[float], tolerance: float = 0.0, k: int | None = None
+) -> dict[str, float]:
+    """Say what a strategy does to clients, against a baseline.
+
+    Args:
+        values: The strategy's.
+        baseline: Of the same clients, such as the un-tuned global model's.
+        tolerance: The least loss that counts as hurt, at least 0.
+        k: How many clients ``worst_k`` looks at. Default: a tenth of them, at least one.
+
+    Returns:
+        ``mean_change``; ``share_hurt``; ``worst_change`` of any client; ``worst_k_change``, the mean change of the
+        ``k`` clients that lose most; ``worst_k``, the mean value of the ``k`` that are served worst; ``jain``.
+    """
+    changes = _present(change(values, baseline))
+    present = _present(values)
+    if not changes.size:
+        names = ("mean_change", "share_hurt", "worst_change", "worst_k_change", "worst_k", "jain")
+        return dict.fromkeys(names, math.nan)
+    k = max(1, changes.size // 10) if k is None else k
+    return {
+        "mean_change": mean(changes.tolist()),
+        "share_hurt": share_hurt(values, baseline, tolerance),
+        "worst_change": worst(changes.tolist()),
+        "worst_k_change": worst_k(changes.tolist(), k),
+        "worst_k": worst_k(present.tolist(), k),
+        "jain": jain_fairness(values),
+    }
+
+
+class PairedComparison(NamedTuple):
+    """Two strategies on the same clients.
+
+    Attributes:
+        wins: Clients that the first serves better.
+        ties: Clients that both serve the same.
+        losses: Clients that the second serves better.
+        mean_change: Mean of first minus second.
+        statistic: Wilcoxon's signed-rank statistic; 0 if all are ties.
+        p_value: Its two-sided p-value: how likely so lopsided a result would be if neither were better. 1 if all are
+            ties, when there is no evidence of a difference.
+    """
+
+    wins: int
+    ties: int
+    losses: int
+    mean_change: float
+    statistic: float
+    p_value: float
+
+
+def compare(first: Sequence[float], second: Sequence[float], tolerance: float = 0.0) -> PairedComparison:
+    """Compare two strategies client by client, with Wilcoxon's signed-rank test.
+
+    Wilcoxon, Individual Comparisons by Ranking Methods, Biometrics Bulletin 1945, https://doi.org/10.2307/3001968.
+    Ties are left out of the test, as there.
+
+    Args:
+        first: Values of one strategy.
+        second: Values of the other, of the same clients.
+        tolerance: Clients whose values differ by no more than this are ties, at least 0.
+
+    Raises:
+        ValueError: If ``tolerance`` is negative, the numbers of clients differ, or no client has both values.
+    """
+    if not tolerance >= 0:
+        raise ValueError(f"Expected `tolerance` to be at least 0, but got {tolerance}.")
+    # Rounded, so that 0.9 - 0.8 and 0.5 - 0.4 are equally large.
+    changes = _present(change(first, second)).round(12)
+    if not changes.size:
+        raise ValueError("Expected at least one client with a value in both, but got none.")
+    differing = changes[np.abs(changes) > tolerance]
+    wins, losses = int((differing > 0).sum()), int((differing < 0).sum())
+    # Ranks of equal size, frequent with accuracies of small test sets, rule out the exact distribution.
+    distinct = len(np.unique(np.abs(differing))) == differing.size
+    statistic, p_value = 0.0, 1.0
+    if differing.size:
+        test = wilcoxon(differing, method="exact" if distinct and differing.size <= 50 else "approx")
+        statistic, p_value = float(test.statistic), float(test.pvalue)
+    return PairedComparison(
+        wins=wins,
+        ties=changes.size - differing.size,
+        losses=losses,
+        mean_change=float(changes.mean()),
+        statistic=statistic,
+        p_value=p_value,
+    )
+
+
+def _present(values: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
+    array = np.asarray(values, dtype=np.float64)
+    return array[~np.isnan(array)]
