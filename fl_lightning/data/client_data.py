@@ -126,11 +126,15 @@ class ClientData(LightningDataModule):
 
     @override
     def val_dataloader(self) -> Batches:
-        return self._batches("val", self.eval_batch_size, None)
+        return self.eval_dataloader("val")
 
     @override
     def test_dataloader(self) -> Batches:
-        return self._batches("test", self.eval_batch_size, None)
+        return self.eval_dataloader("test")
+
+    def eval_dataloader(self, split: Split) -> Batches:
+        """A split in order and not augmented. Of the training split too: no epoch is counted, so training is as before."""
+        return self._batches(split, self.eval_batch_size, None)
 
     def _batches(self, split: Split, batch_size: int, seed: int | None) -> Batches:
         options = self._options
