@@ -12,11 +12,11 @@ from typing_extensions import override
 
 from fl_lightning.data.augmentation import Transform, check_transforms
 from fl_lightning.data.batches import Batches
+from fl_lightning.data.client_indices import ClientIndices, Split
 from fl_lightning.data.image_files import FileBatches, ImageFiles
 from fl_lightning.data.image_pool import ImagePool
 from fl_lightning.data.index_batches import IndexBatches
 from fl_lightning.data.normalization import Normalization
-from fl_lightning.data.partition import ClientIndices, Split
 
 #: Where examples are: in memory or on disk.
 ImageSource = ImagePool | ImageFiles
@@ -133,7 +133,7 @@ class ClientData(LightningDataModule):
         return self.eval_dataloader("test")
 
     def eval_dataloader(self, split: Split) -> Batches:
-        """A split in order and not augmented. Of the training split too: no epoch is counted, so training is as before."""
+        """A split in order and not augmented, the training split too; counts no epoch, so training stays as it was."""
         return self._batches(split, self.eval_batch_size, None)
 
     def _batches(self, split: Split, batch_size: int, seed: int | None) -> Batches:
