@@ -178,10 +178,13 @@ class TrimmedMean(Aggregator):
     Args:
         trim: Share of the updates cut at each end, in [0, 0.5); the number is rounded down. At 0 this is the uniform
             mean.
+        weights: Only ``uniform``: order statistics know no weights.
     """
 
-    def __init__(self, trim: float = 0.1) -> None:
-        super().__init__("uniform")
+    def __init__(self, trim: float = 0.1, weights: Weights = "uniform") -> None:
+        super().__init__(weights)
+        if weights != "uniform":
+            raise ValueError(f"{type(self).__name__} weighs all clients alike; set aggregator.weights=uniform")
         if not 0 <= trim < 0.5:
             raise ValueError(f"aggregator.trim must lie in [0, 0.5), got {trim}")
         self.trim = trim
@@ -211,8 +214,8 @@ class Median(TrimmedMean):
     https://arxiv.org/abs/1803.01498. All clients weigh alike.
     """
 
-    def __init__(self) -> None:
-        super().__init__(trim=0.0)
+    def __init__(self, weights: Weights = "uniform") -> None:
+        super().__init__(trim=0.0, weights=weights)
 
     def reduce(self, values: Tensor) -> Tensor:
         ordered = values.sort(dim=0).values

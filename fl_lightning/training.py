@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,21 @@ from fl_lightning.run_folder import RunFolder
 from fl_lightning.seeding import derive_seed
 
 
+@dataclass
+class Federation:
+    """A run that is ready to start: the loop, and what it is given."""
+
+    loop: FederatedLoop
+    module: FederatedModule
+    clients: list[Client]
+    unseen: list[Client]
+    resume: dict[str, Any] | None
+
+    def fit(self) -> None:
+        """Run the rounds that are left."""
+        self.loop.fit(self.module, self.clients, self.unseen, self.resume)
+
+
 def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Train, print the result table, and leave everything in the run folder.
 
@@ -44,22 +60,11 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """
     config = plain(cfg)
     run_folder = RunFolder(folder)
-    resume = None
-    if config["resume"] is not None:
-        run_folder.resume(config)
-        if (run_folder.checkpoints / "last.pt").exists():
-            resume = read_checkpoint(run_folder.checkpoints / "last.pt")
-    else:
-        run_folder.start(config)
-    data: FederatedData = instantiate(config["data"], "data")
-    run_folder.keep_partition(data.partition)
-    module = build_module(config, data)
-    loop = build_loop(config, run_folder, resume)
-    clients = [Client(item.id, item) for item in data.clients]
-    unseen = [Client(item.id, item) for item in data.unseen]
+    federation = assemble(config, run_folder)
+    loop = federation.loop
     with stop_after_round(loop, run_folder):
         try:
-            loop.fit(module, clients, unseen, resume)
+            federation.fit()
         finally:
             if loop.progress is not None:
                 loop.progress.close()
@@ -70,6 +75,32 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     print(result_table(results))
     print(f"\nrun folder: {folder}\ncurves:     tensorboard --logdir {folder.parent}")
     return results
+
+
+def assemble(config: Mapping[str, Any], run_folder: RunFolder) -> Federation:
+    """Make everything that a run needs, and check what can be checked before the first round.
+
+    Args:
+        config: The configuration, plain (see :func:`fl_lightning.config.plain`).
+        run_folder: Where files go; with ``resume`` in the configuration, the run to go on with.
+
+    Raises:
+        ValueError: If something in the configuration or the data is wrong.
+    """
+    resume = None
+    if config["resume"] is not None:
+        run_folder.resume(config)
+        if (run_folder.checkpoints / "last.pt").exists():
+            resume = read_checkpoint(run_folder.checkpoints / "last.pt")
+    loop = build_loop(config, run_folder, resume)
+    data: FederatedData = instantiate(config["data"], "data")
+    module = build_module(config, data)
+    if config["resume"] is None:
+        run_folder.start(config)
+    run_folder.keep_partition(data.partition)
+    clients = [Client(item.id, item) for item in data.clients]
+    unseen = [Client(item.id, item) for item in data.unseen]
+    return Federation(loop, module, clients, unseen, resume)
 
 
 def build_module(config: Mapping[str, Any], data: FederatedData) -> FederatedModule:
@@ -107,12 +138,14 @@ def build_loop(config: Mapping[str, Any], run_folder: RunFolder, resume: Mapping
     """
     callbacks: dict[str, Callback] = instantiate_dict(config["callbacks"], "callbacks")
     callbacks["evaluation"] = instantiate(config["evaluation"], "evaluation")
-    logger = instantiate(config["logger"], "logger")
-    if logger is not None:
-        # A logger that is told where the run goes on drops the points after it, so that a curve never runs twice.
-        logger = logger(save_dir=str(run_folder.path), purge_step=resume["round"] if resume else None)
+    place: dict[str, Any] = {"save_dir": str(run_folder.path)}
+    if resume is not None and (config["logger"] or {}).get("_target_", "").endswith("TensorBoardLogger"):
+        # Points after the checkpoint are dropped, so that a curve never runs twice over the same rounds.
+        place["purge_step"] = resume["round"]
+    logger = instantiate(config["logger"] or None, "logger", **place)
     table = MetricsTable(run_folder.metrics)
-    table.truncate(resume["round"] - 1 if resume else -1)
+    if config["resume"] is not None:
+        table.truncate(resume["round"] - 1 if resume else -1)
     return instantiate(
         config["loop"],
         "loop",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from fl_lightning.loop import FederatedLoop
 
 SPLITS = ("val", "test")
+
+log = logging.getLogger(__name__)
 
 
 class FederatedEvaluation(FederatedCallback):
@@ -69,7 +71,7 @@ class FederatedEvaluation(FederatedCallback):
         if loop.rounds == 0:
             return
         if not any(client.data.num_val for client in loop.clients):
-            rank_zero_warn("no client has validation data, so the last model is kept; set data.val_fraction above 0")
+            log.warning("no client has validation data, so the last model is kept; set data.val_fraction above 0")
 
     @override
     def on_round_end(self, loop: FederatedLoop) -> None:
@@ -134,7 +136,7 @@ class FederatedEvaluation(FederatedCallback):
                 views["unseen"] = self.score(loop, loop.module, loop.unseen, split)
         elif not self._warned:
             self._warned = True
-            rank_zero_warn("this method has no global model: only personal models are scored")
+            log.info("this method has no global model; only personal models are scored")
         if loop.has_personal:
             rows = []
             for client in loop.clients:

@@ -1,0 +1,111 @@
+"""Small federations for tests: any configuration, composed as a user would, on a tiny model."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from torch import nn
+
+import fl_lightning.config  # noqa: F401 - registers the schema
+from fl_lightning.callback import FederatedCallback
+from fl_lightning.command_line import CONF
+from fl_lightning.config import plain
+from fl_lightning.models.model import Model
+from fl_lightning.run_folder import RunFolder
+from fl_lightning.training import Federation, assemble
+
+
+def tiny_model(num_classes: int, in_channels: int = 3, image_size: int = 8, batch_norm: bool = True) -> Model:
+    """About 300 parameters, with BatchNorm and named blocks in order."""
+    blocks = OrderedDict(
+        conv1=nn.Conv2d(in_channels, 4, 3, stride=2, padding=1),
+        norm1=nn.BatchNorm2d(4) if batch_norm else nn.Identity(),
+        act1=nn.ReLU(),
+        conv2=nn.Conv2d(4, 4, 3, stride=2, padding=1),
+        act2=nn.ReLU(),
+        pool=nn.AdaptiveAvgPool2d(2),
+        flat=nn.Flatten(),
+    )
+    return Model(nn.Sequential(blocks), nn.Linear(16, num_classes), "head")
+
+
+def config(tiny_root: Path, *overrides: str, name: str = "train") -> dict[str, Any]:
+    """Compose the configuration of a tiny run."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose(
+            name,
+            [
+                "data=folder",
+                f"data.root={tiny_root}",
+                "data.batch_size=8",
+                "model=lenet5",
+                "~model",
+                "+model._target_=tests.federations.tiny_model",
+                "logger=none",
+                "loop.rounds=2",
+                *overrides,
+            ],
+            return_hydra_config=False,
+        )
+    return plain(cfg)
+
+
+def federation(tiny_root: Path, folder: Path, *overrides: str) -> Federation:
+    """Assemble a tiny run."""
+    return assemble(config(tiny_root, *overrides), RunFolder(folder))
+
+
+class Recorder(FederatedCallback):
+    """Keeps every update that arrives, and may stop the run after some rounds."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.updates: list[Any] = []
+        self.stop_after = stop_after
+
+    def on_update(self, loop: Any, client: Any, update: Any) -> None:
+        self.updates.append(update)
+
+    def on_round_end(self, loop: Any) -> None:
+        if self.stop_after is not None and loop.round + 1 >= self.stop_after:
+            loop.should_stop = True
+
+
+def add_recorder(run: Federation, stop_after: int | None = None) -> Recorder:
+    """Put a recorder into a federation that is not yet running."""
+    recorder = Recorder(stop_after)
+    recorder.name = "recorder"
+    run.loop.callbacks["recorder"] = recorder
+    return recorder
+
+
+def outcome(run: Federation) -> dict[str, Any]:
+    """Return all that a run leaves behind, but for wall-clock times."""
+    content = run.loop.state_dict()
+    content.pop("seconds")
+    content["callbacks"].pop("recorder", None)
+    content["history"] = [
+        {key: value for key, value in row.items() if not key.startswith("time/")} for row in content["history"]
+    ]
+    return content
+
+
+def assert_same(one: Any, other: Any, where: str = "") -> None:
+    """Compare nested dicts, lists, tensors and numbers to the bit."""
+    assert type(one) is type(other), f"{where}: {type(one)} and {type(other)}"
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), f"{where}: {one.keys() ^ other.keys()}"
+        for key in one:
+            assert_same(one[key], other[key], f"{where}/{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where
+        for index, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{where}[{index}]")
+    elif isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype, where
+        assert torch.equal(one, other), f"{where}: differs by {(one.double() - other.double()).abs().max()}"
+    else:
+        assert one == other or (one != one and other != other), f"{where}: {one} and {other}"
