@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 
 if TYPE_CHECKING:
     from fl_lightning.client import Broadcast, Client, Update
@@ -21,6 +21,7 @@ class FederatedCallback(Callback):
 
     .. code-block:: text
 
+        S  check(module, trainer)
         S  on_federation_start(loop)
            for each round:
         S    on_round_start(loop, cohort)
@@ -48,6 +49,9 @@ class FederatedCallback(Callback):
     def state_key(self) -> str:
         """A key of its own, so that one class may appear twice (Lightning refuses two with one key)."""
         return f"{type(self).__qualname__}:{self.name}"
+
+    def check(self, module: FederatedModule, trainer: Trainer) -> None:
+        """Called once before any training, with a Trainer like those of the fits: raise here for what cannot work."""
 
     def on_federation_start(self, loop: FederatedLoop) -> None:
         """Called once, when the loop knows its module and clients, before the first (or the resumed) round."""

@@ -72,7 +72,7 @@ class LocalTraining:
             seed: The seed of the run.
 
         Raises:
-            ValueError: If a callback monitors validation data and ``validate`` is off.
+            ValueError: If a callback monitors validation data and ``validate`` is off, or finds that it cannot work.
         """
         self.module = module
         self.sharing = sharing
@@ -87,7 +87,10 @@ class LocalTraining:
                     "set local.validate=true"
                 )
         silence_lightning()
-        self.device = self._new_trainer([]).strategy.root_device
+        trainer = self._new_trainer([])
+        self.device = trainer.strategy.root_device
+        for callback in self.federated_callbacks:
+            callback.check(module, trainer)
 
     @property
     def federated_callbacks(self) -> list[FederatedCallback]:
