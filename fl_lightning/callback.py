@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, Trainer
 
@@ -82,4 +82,8 @@ class FederatedCallback(Callback):
 
     def global_state(self, loop: FederatedLoop) -> State:
         """Return tensors that complete the global model where the shared part alone does not (a global head)."""
+        return {}
+
+    def results(self, loop: FederatedLoop) -> dict[str, Any]:
+        """Return entries of its own for ``results.json``: plain values under a key that is not taken."""
         return {}

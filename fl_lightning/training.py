@@ -214,6 +214,7 @@ def finish(loop: FederatedLoop, run_folder: RunFolder, config: Mapping[str, Any]
             "last": summaries(last),
             "data": config["data"],
             "partition_hash": loop_partition_hash(run_folder),
+            **{key: v for callback in loop.federated_callbacks for key, v in callback.results(loop).items()},
         },
     )
     write_json(run_folder.results, results)

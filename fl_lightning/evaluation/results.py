@@ -30,8 +30,8 @@ class ClientSizes(Protocol):
 
 def client_entries(
     datas: Sequence[ClientSizes],
-    global_values: Sequence[float],
-    personal_values: Sequence[float] | None = None,
+    global_values: Sequence[float | None],
+    personal_values: Sequence[float | None] | None = None,
 ) -> list[dict[str, Any]]:
     """The ``clients`` list of ``results.json``: who they are, how much they have, how they are served.
 
@@ -71,7 +71,7 @@ def build_results(
     method: str,
     rounds: int,
     seed: int,
-    global_summary: Summary,
+    global_summary: Summary | None,
     clients: Sequence[Mapping[str, Any]],
     personal_summary: Summary | None = None,
     unseen_summary: Summary | None = None,
@@ -87,7 +87,8 @@ def build_results(
         method: The name of the method.
         rounds: The number of rounds that were run.
         seed: The seed of the run.
-        global_summary: :func:`fl_lightning.evaluation.summary.summarize` of the global model on the clients.
+        global_summary: :func:`fl_lightning.evaluation.summary.summarize` of the global model on the clients, or None
+            if the method has none.
         clients: :func:`client_entries`.
         personal_summary: The same of the personal models, or None if the method has none.
         unseen_summary: The same of the global model on clients that took no part, or None if there are none.
@@ -104,7 +105,7 @@ def build_results(
         "method": method,
         "rounds": rounds,
         "seed": seed,
-        "global": dict(global_summary),
+        "global": None if global_summary is None else dict(global_summary),
         "personal": None if personal_summary is None else dict(personal_summary),
         "unseen": None if unseen_summary is None else dict(unseen_summary),
         "clients": [dict(entry) for entry in clients],
