@@ -1,0 +1,45 @@
+"""Optimizer state that a client keeps from round to round."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from typing_extensions import override
+
+from fl_lightning.callback import FederatedCallback
+from fl_lightning.optimizer_state import pack, unpack
+
+if TYPE_CHECKING:
+    from fl_lightning.client import Broadcast, Client
+    from fl_lightning.module import FederatedModule
+
+PREFIX = "optimizer|"
+
+
+class PersistentOptimizer(FederatedCallback):
+    """Lets a client's optimizer go on where it ended, instead of starting afresh in every fit.
+
+    What it keeps (momentum, Adam's moments) stays at the client in ``client.memory`` and is never sent. It suits
+    methods whose parameters stay at the client too: after an average, old momentum points from where nobody is.
+    """
+
+    @override
+    def on_client_start(self, client: Client, module: FederatedModule, broadcast: Broadcast) -> None:
+        self._client = client
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        memory = self._client.memory
+        packed = {name[len(PREFIX) :]: tensor for name, tensor in memory.items() if name.startswith(PREFIX)}
+        unpack(trainer.optimizers[0], packed, _names(pl_module))
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        packed = pack(trainer.optimizers[0], _names(pl_module))
+        self._client.memory.update({PREFIX + name: tensor for name, tensor in packed.items()})
+
+
+def _names(module: LightningModule) -> dict[Tensor, str]:
+    return {parameter: name for name, parameter in module.named_parameters()}

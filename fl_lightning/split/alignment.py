@@ -1,0 +1,67 @@
+"""The loss that keeps a private top near the server's copies of the same blocks."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+REDUCTIONS = ("per_token", "sum_tokens")
+
+
+def alignment_loss(private: Tensor, server: Tensor, reduction: str = "per_token") -> Tensor:
+    r"""Return :math:`\mathrm{KL}(\mathrm{softmax}(Z') \,\|\, \mathrm{softmax}(Z))`, softmax over the hidden dimension.
+
+    Yuan et al., Flexible Personalized Split Federated Learning for On-Device Fine-Tuning of Foundation Models,
+    2025, https://arxiv.org/abs/2508.10349. The formula is read from the authors' code; where that adds 1e-10 to a
+    softmax before the logarithm, this takes ``log_softmax``. No gradient flows into ``server``.
+
+    Args:
+        private: Output of the client's private top, ``(N, T, D)``; ``(N, D)`` counts as one token, and a feature map
+            ``(N, D, H, W)`` as one token a pixel.
+        server: Output of the server's copies on the same input, of the same shape.
+        reduction: ``"per_token"`` is the mean over examples and tokens; ``"sum_tokens"`` sums over the tokens, as the
+            authors' code does, so that it grows with the length of the sequence.
+
+    Raises:
+        ValueError: If the shapes differ or the reduction is unknown.
+    """
+    if private.shape != server.shape:
+        raise ValueError(f"the private top gave {tuple(private.shape)}, but the server's copy {tuple(server.shape)}.")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"`kl_reduction` must be one of {', '.join(REDUCTIONS)}, got {reduction!r}.")
+    hidden = 1 if private.ndim == 4 else -1
+    target = server.detach().float().log_softmax(hidden)
+    total = F.kl_div(private.float().log_softmax(hidden), target, reduction="sum", log_target=True)
+    tokens = private.numel() // private.shape[hidden]
+    return total / (tokens if reduction == "per_token" else private.shape[0])
+
+
+class Alignment(nn.Module):
+    """The settings of the alignment, checked once.
+
+    Args:
+        weight: λ, at least 0. At 0 nothing is aligned, computed or sent.
+        at: ``"server"``: the base's output goes up with the cut's activation, and the server adds the gradient to its
+            last message. ``"client"``: the server's copy comes down instead. The update is the same; the first keeps
+            the server's activations private.
+        kl_reduction: See `alignment_loss`.
+    """
+
+    def __init__(self, weight: float = 0.25, at: str = "server", kl_reduction: str = "per_token") -> None:
+        super().__init__()
+        if not weight >= 0:
+            raise ValueError(f"the weight of the alignment must be at least 0, got {weight}.")
+        if at not in ("server", "client"):
+            raise ValueError(f"`align_at` must be 'server' or 'client', got {at!r}.")
+        if kl_reduction not in REDUCTIONS:
+            raise ValueError(f"`kl_reduction` must be one of {', '.join(REDUCTIONS)}, got {kl_reduction!r}.")
+        self.weight, self.at, self.kl_reduction = weight, at, kl_reduction
+
+    @property
+    def place(self) -> str | None:
+        """Where it is computed, or ``None`` when it is off."""
+        return self.at if self.weight > 0 else None
+
+    def forward(self, private: Tensor, server: Tensor) -> Tensor:
+        """Return the weighted loss."""
+        return self.weight * alignment_loss(private, server, self.kl_reduction)

@@ -1,0 +1,86 @@
+"""How a client's half reaches the server's, and the way within one process."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from fl_lightning.split.body import ServerBody
+from fl_lightning.split.cut import Cut
+from fl_lightning.split.traffic import Traffic
+
+
+class Exchange(ABC):
+    """One client's line to the server: activation up, activation down, gradient up, gradient down.
+
+    Attributes:
+        cut: The client's cut.
+        traffic: What was sent so far.
+        batches: The sizes of the batches that were trained, in their order.
+    """
+
+    def __init__(self, cut: Cut) -> None:
+        self.cut = cut
+        self.traffic = Traffic()
+        self.batches: list[int] = []
+
+    @abstractmethod
+    def train(self, activation: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Send an activation through the server's body; the gradient follows by itself when the loss goes backward.
+
+        Args:
+            activation: At the cut, part of the client's graph.
+            base: The base's output, where alignment needs it; nothing flows back into it.
+
+        Returns:
+            The body's output, part of a graph, and what is to be added to the loss, if anything.
+        """
+
+    @abstractmethod
+    def evaluate(self, activation: Tensor) -> Tensor:
+        """Return the body's output without training."""
+
+    @abstractmethod
+    def after_backward(self) -> None:
+        """Called when the loss of a batch has gone backward."""
+
+    @property
+    @abstractmethod
+    def aligns(self) -> bool:
+        """Whether the base's output is wanted: there is an alignment, and a private top to align."""
+
+
+class InProcessExchange(Exchange):
+    """The server in the same process: client and server form one autograd graph, which is exact and fast.
+
+    Bytes are counted as they would be sent, by hooks where gradients pass the cuts.
+    """
+
+    def __init__(self, body: ServerBody, cut: Cut) -> None:
+        super().__init__(cut)
+        self.body = body
+
+    @property
+    def aligns(self) -> bool:
+        return self.body.alignment.place is not None and self.cut.at > self.cut.start
+
+    def train(self, activation: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        self.body.train()
+        self.batches.append(len(activation))
+        self.traffic.add("activation_up", activation, base)
+        output = self.body.output(self.cut, activation)
+        copies = None if base is None else self.body.copies(self.cut, base.detach())
+        self.traffic.add("activation_down", output, copies if self.body.alignment.place == "client" else None)
+        if output.requires_grad:  # not where front and body are frozen: then no gradient passes
+            output.register_hook(lambda gradient: self.traffic.add("gradient_up", gradient))
+        if activation.requires_grad:
+            activation.register_hook(lambda gradient: self.traffic.add("gradient_down", gradient))
+        return output, None if copies is None else self.body.alignment(activation, copies)
+
+    def evaluate(self, activation: Tensor) -> Tensor:
+        self.body.train(False)
+        return self.body.output(self.cut, activation)
+
+    def after_backward(self) -> None:
+        self.body.step()

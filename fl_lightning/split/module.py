@@ -1,0 +1,143 @@
+"""The client's half of a cut model, as a LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from fl_lightning.models.model import Model
+from fl_lightning.module import Batch, FederatedModule
+from fl_lightning.split.blocks import chain, run
+from fl_lightning.split.cut import Cut, Parts, parts
+from fl_lightning.split.exchange import Exchange
+
+CLIENT_PARTS = ("base", "top", "tail", "head")
+
+
+class SplitModule(FederatedModule):
+    """A model whose middle blocks are computed by a server while it trains.
+
+    It has the tensors of the whole model, so that a personal model can be evaluated, saved and exported like any other:
+    a client's own and the server's. During a fit the server's are not used: the activation at the cut goes out through
+    an `Exchange` and the body's output comes in.
+
+    Args:
+        model: Backbone, head, and where the head sits in the original network.
+        optimizer: Makes the optimizer of the client's parts.
+        scheduler: As in `FederatedModule`.
+        label_smoothing: As in `FederatedModule`.
+        start: First block that the server holds, at least 1.
+        end: First block of the client's tail; 0 or less counts from the last: at 0 the tail is the head alone.
+        blocks: Module paths of the backbone's blocks, where they are not known by themselves; see `chain`.
+        lr_factors: What the learning rate is multiplied by, for ``base``, ``top``, ``tail`` and ``head``; 1 where not
+            given. At 0 a part is frozen, buffers included.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer],
+        scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+        label_smoothing: float = 0.0,
+        start: int = 1,
+        end: int = -1,
+        blocks: Sequence[str | Sequence[str]] | None = None,
+        lr_factors: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(model, optimizer, scheduler, label_smoothing)
+        self.blocks = chain(self.backbone, blocks)
+        self.start = start
+        self.end = end if end > 0 else len(self.blocks) + end
+        self.lr_factors = dict(lr_factors or {})
+        for part, factor in self.lr_factors.items():
+            if part not in CLIENT_PARTS or not factor >= 0:
+                raise ValueError(
+                    f"`lr_factors` must give {', '.join(CLIENT_PARTS)} a number of at least 0, got {part}: {factor}."
+                )
+        self.parts(self.cut_at(start))  # a wrong `start` or `end`, or a torn tensor, must show before anything runs
+        self.exchange: Exchange | None = None
+        self._penalty: Tensor | None = None
+
+    def cut_at(self, at: int) -> Cut:
+        """Return the cut of a client whose private part ends before block ``at``."""
+        return Cut(self.start, at, self.end).check(len(self.blocks))
+
+    def parts(self, cut: Cut) -> Parts:
+        """Return which tensors lie where for a cut."""
+        return parts(self.blocks, self.head, self, cut)
+
+    def connect(self, exchange: Exchange | None) -> None:
+        """Attach the line to the server for a fit, or take it away."""
+        self.exchange = exchange
+        if exchange is None:
+            for parameter in self.parameters():
+                parameter.requires_grad_(True)
+            return
+        held = self.parts(exchange.cut)
+        frozen = {name for part in CLIENT_PARTS if self.lr_factors.get(part) == 0 for name in getattr(held, part)}
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(name not in frozen and name not in held.body)
+
+    @override
+    def features(self, x: Tensor) -> Tensor:
+        """Return the features; through the server while a line to it is attached."""
+        if self.exchange is None:
+            return self.backbone(x)
+        blocks, cut = list(self.blocks.values()), self.exchange.cut
+        base = run(blocks[: cut.start], x)
+        activation = run(blocks[cut.start : cut.at], base)
+        if torch.is_grad_enabled() and self.training:
+            output, self._penalty = self.exchange.train(activation, base if self.exchange.aligns else None)
+        else:
+            output = self.exchange.evaluate(activation)
+        return run(blocks[cut.end :], output)
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One step. What is logged stays the task's loss; the alignment is added to what goes backward."""
+        loss = super().training_step(batch, batch_idx)
+        penalty, self._penalty = self._penalty, None
+        return loss if penalty is None else loss + penalty
+
+    @override
+    def on_after_backward(self) -> None:
+        if self.exchange is not None:
+            self.exchange.after_backward()
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.exchange is not None and batch_idx == 0:
+            self._freeze_statistics()
+
+    @override
+    def configure_optimizers(self) -> Any:
+        """One optimizer over what the client holds and trains, with a group for each part."""
+        if self.exchange is None:
+            return super().configure_optimizers()
+        held = self.parts(self.exchange.cut)
+        named = dict(self.named_parameters())
+        groups = [
+            {"params": [named[name] for name in getattr(held, part) if name in named], "lr_factor": factor}
+            for part in CLIENT_PARTS
+            if (factor := self.lr_factors.get(part, 1.0)) > 0
+        ]
+        optimizer = self.optimizer([group for group in groups if group["params"]])  # type: ignore[arg-type]
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * group.pop("lr_factor") * self.lr_factor
+        if self.scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}
+
+    def _freeze_statistics(self) -> None:
+        """Put wholly frozen blocks in evaluation mode: a BatchNorm's statistics move even without gradients."""
+        assert self.exchange is not None
+        cut, blocks = self.exchange.cut, list(self.blocks.values())
+        held = (blocks[: cut.start], blocks[cut.start : cut.at], blocks[cut.end :], [self.head])
+        for part, modules in zip(CLIENT_PARTS, held, strict=True):
+            if self.lr_factors.get(part) == 0:
+                for module in modules:
+                    module.eval()

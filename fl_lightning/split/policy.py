@@ -1,0 +1,104 @@
+"""Which cut each client gets. The choice is made once, and recorded with the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from fl_lightning.split.cut import Cut
+from fl_lightning.split.latency import LatencyModel
+from fl_lightning.split.profile import ClientProfile
+
+
+class CutPolicy(Protocol):
+    """Chooses a cut for a client."""
+
+    def choose(self, index: int, client: ClientProfile, latency: LatencyModel, start: int, end: int) -> Cut:
+        """Return the client's cut.
+
+        Args:
+            index: The client's place among all clients.
+            client: What its device can do.
+            latency: Knows what the blocks cost and the batch size, and prices a cut in seconds a batch.
+            start: First block the server holds.
+            end: First block of the tail.
+        """
+        ...
+
+
+class FixedCuts:
+    """The cuts are given, one a client; a shorter list is used in turn.
+
+    Args:
+        cuts: The cut of the first client, the second, …; without it every legal cut in turn, from the earliest.
+    """
+
+    def __init__(self, cuts: Sequence[int] | None = None) -> None:
+        if cuts is not None and not cuts:
+            raise ValueError("`cuts` must list at least one cut, got none.")
+        self.cuts = cuts
+
+    def choose(self, index: int, client: ClientProfile, latency: LatencyModel, start: int, end: int) -> Cut:
+        """Return the listed cut."""
+        cuts = range(start, end) if self.cuts is None else self.cuts
+        return Cut(start, cuts[index % len(cuts)], end).check(len(latency.model.blocks))
+
+
+class BudgetCuts:
+    """The latest cut whose front and tail fit the client's memory and compute a batch in time.
+
+    A client that cannot even hold the earliest cut is refused with what it lacks, before any training.
+
+    Args:
+        seconds: Seconds of the client's own computation a batch, forward and backward, above 0.
+        optimizer_slots: Tensors its optimizer keeps per parameter: 0 for SGD, 1 with momentum, 2 for Adam.
+    """
+
+    def __init__(self, seconds: float = float("inf"), optimizer_slots: int = 0) -> None:
+        if not seconds > 0:
+            raise ValueError(f"`seconds` must be above 0, got {seconds}.")
+        self.seconds, self.optimizer_slots = seconds, optimizer_slots
+
+    def choose(self, index: int, client: ClientProfile, latency: LatencyModel, start: int, end: int) -> Cut:
+        """Return the latest cut within the budget.
+
+        Raises:
+            ValueError: If no cut is.
+        """
+        model, lack = latency.model, ""
+        for at in range(end - 1, start - 1, -1):
+            memory = model.client_memory(at, end, latency.batch_size, self.optimizer_slots)
+            seconds = 3 * latency.batch_size * model.client_flops(at, end) / client.flops_per_second
+            if memory <= client.memory and seconds <= self.seconds:
+                return Cut(start, at, end).check(len(model.blocks))
+            lack = f"{memory} of {client.memory:.0f} bytes, {seconds:.3g} of {self.seconds:.3g} s a batch"
+        raise ValueError(
+            f"client {index} cannot even hold the cut {start}: it would need {lack}; "
+            "lower the batch size or `start`, or raise its profile or `seconds`."
+        )
+
+
+class CheapestCuts:
+    """The cut with the least weighted sum of a proxy of what is lost in accuracy and the time of a batch.
+
+    The proxy is the share of the server's blocks of which the client has no private duplicate: a later cut
+    personalises more. The paper's own objective is not published in what we could read; this one is declared as ours.
+
+    Args:
+        accuracy: Weight of the proxy, which lies in [0, 1]; at least 0.
+        time: Weight of one second a batch; at least 0.
+    """
+
+    def __init__(self, accuracy: float = 1.0, time: float = 1.0) -> None:
+        if accuracy < 0 or time < 0:
+            raise ValueError(f"`accuracy` and `time` must be at least 0, got {accuracy} and {time}.")
+        self.accuracy, self.time = accuracy, time
+
+    def choose(self, index: int, client: ClientProfile, latency: LatencyModel, start: int, end: int) -> Cut:
+        """Return the cheapest cut; the earliest of equals."""
+
+        def price(cut: Cut) -> float:
+            without = (cut.end - cut.at) / (cut.end - cut.start)
+            return self.accuracy * without + self.time * latency.batch(cut, client).total
+
+        return min((Cut(start, at, end).check(len(latency.model.blocks)) for at in range(start, end)), key=price)
