@@ -1,0 +1,146 @@
+"""Server rules against torch's optimizers, NumPy and hand-written recursions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fl_lightning.aggregators import AdaptiveServer, Aggregator, Median, ServerMomentum, TrimmedMean
+from fl_lightning.client import Update
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(4))
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("count", torch.tensor(0))
+
+
+def state() -> dict[str, torch.Tensor]:
+    return {"w": torch.randn(4, generator=GENERATOR), "mean": torch.randn(4, generator=GENERATOR), "count": torch.tensor(3)}
+
+
+def updates(number: int) -> list[Update]:
+    return [Update(i, 10 * (i + 1), state()) for i in range(number)]
+
+
+def ready(aggregator: Aggregator) -> Aggregator:
+    aggregator.setup(Network())
+    return aggregator
+
+
+@pytest.mark.parametrize("weights", ["examples", "uniform"])
+def test_fedavg_is_numpys_average(weights: str) -> None:
+    received = updates(3)
+    merged = ready(Aggregator(weights)).aggregate(state(), iter(received))
+    shares = [10, 20, 30] if weights == "examples" else None
+    for name in ("w", "mean"):
+        expected = np.average([u.state[name].double().numpy() for u in received], axis=0, weights=shares)
+        np.testing.assert_allclose(merged[name].numpy(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "aggregator", [Aggregator(), ServerMomentum(momentum=0.0), TrimmedMean(0.2), Median()], ids=lambda a: type(a).__name__
+)
+def test_one_update_or_equal_updates_come_back(aggregator: Aggregator) -> None:
+    old, new = state(), state()
+    for number in (1, 2, 5):
+        merged = ready(aggregator).aggregate(old, [Update(i, 7, dict(new)) for i in range(number)])
+        for name in new:
+            assert torch.allclose(merged[name], new[name], rtol=1e-6)
+
+
+def test_no_update_changes_nothing() -> None:
+    old = state()
+    merged = ready(Aggregator()).aggregate(old, iter([]))
+    assert all(torch.equal(merged[name], old[name]) for name in old)
+
+
+def test_server_momentum_is_torchs_sgd_on_the_negative_mean_change() -> None:
+    aggregator, current = ready(ServerMomentum(lr=0.7, momentum=0.9)), state()
+    parameter = nn.Parameter(current["w"].clone())
+    optimizer = torch.optim.SGD([parameter], lr=0.7, momentum=0.9)
+    for _ in range(4):
+        received = updates(3)
+        mean = sum(u.num_examples * u.state["w"] for u in received) / 60
+        parameter.grad = parameter.detach() - mean
+        optimizer.step()
+        current = aggregator.aggregate(current, received)
+        assert torch.allclose(current["w"], parameter.detach(), atol=1e-5)
+        buffer_mean = sum(u.num_examples * u.state["mean"] for u in received) / 60
+        assert torch.allclose(current["mean"], buffer_mean, atol=1e-6), "buffers are averaged, not optimized"
+
+
+@pytest.mark.parametrize("rule", ["adam", "yogi", "adagrad"])
+def test_adaptive_rules_follow_algorithm_2(rule: str) -> None:
+    lr, beta1, beta2, tau = 0.1, 0.9, 0.99, 0.01
+    aggregator, current = ready(AdaptiveServer(rule, lr, beta1, beta2, tau)), state()
+    x, m, v = current["w"].double().numpy(), np.zeros(4), np.full(4, tau**2)
+    for _ in range(4):
+        received = updates(2)
+        change = np.average([u.state["w"].double().numpy() for u in received], axis=0, weights=[10, 20]) - x
+        m = beta1 * m + (1 - beta1) * change
+        if rule == "adam":
+            v = beta2 * v + (1 - beta2) * change**2
+        elif rule == "yogi":
+            v = v - (1 - beta2) * change**2 * np.sign(v - change**2)
+        else:
+            v = v + change**2
+        x = x + lr * m / (np.sqrt(v) + tau)
+        current = aggregator.aggregate(current, received)
+        np.testing.assert_allclose(current["w"].numpy(), x, rtol=1e-4)
+
+
+@pytest.mark.parametrize("aggregator", [ServerMomentum(), AdaptiveServer()], ids=lambda a: type(a).__name__)
+def test_server_state_survives_a_restart(aggregator: Aggregator) -> None:
+    rounds = [updates(2) for _ in range(4)]
+    current = start = state()
+    ready(aggregator)
+    for received in rounds:
+        current = aggregator.aggregate(current, received)
+    first, second = ready(type(aggregator)()), ready(type(aggregator)())
+    middle = first.aggregate(first.aggregate(start, rounds[0]), rounds[1])
+    second.load_state_dict(first.state_dict())
+    again = second.aggregate(second.aggregate(middle, rounds[2]), rounds[3])
+    assert torch.equal(again["w"], current["w"])
+
+
+@pytest.mark.parametrize("number", [1, 4, 5])
+def test_median_is_numpys(number: int) -> None:
+    received = updates(number)
+    merged = ready(Median()).aggregate(state(), received)
+    np.testing.assert_allclose(merged["w"].numpy(), np.median([u.state["w"].numpy() for u in received], axis=0), rtol=1e-6)
+
+
+def test_trimmed_mean_is_scipys_and_shrugs_off_outliers() -> None:
+    from scipy.stats import trim_mean
+
+    received = updates(10)
+    received[3].state["w"] = torch.full((4,), 1e6)
+    merged = ready(TrimmedMean(0.2)).aggregate(state(), received)
+    expected = trim_mean(np.stack([u.state["w"].numpy() for u in received]), 0.2, axis=0)
+    np.testing.assert_allclose(merged["w"].numpy(), expected, rtol=1e-5)
+    assert merged["w"].abs().max() < 10
+    assert merged["count"].item() == 3
+
+
+@pytest.mark.parametrize(
+    ("make", "key"),
+    [
+        (lambda: Aggregator("size"), "weights"),  # type: ignore[arg-type]
+        (lambda: ServerMomentum(lr=0), "lr"),
+        (lambda: ServerMomentum(momentum=1.0), "momentum"),
+        (lambda: AdaptiveServer("adamw"), "rule"),  # type: ignore[arg-type]
+        (lambda: AdaptiveServer(tau=0), "tau"),
+        (lambda: TrimmedMean(0.5), "trim"),
+        (lambda: TrimmedMean(weights="examples"), "weights"),
+    ],
+)
+def test_values_out_of_range_are_refused(make, key: str) -> None:  # noqa: ANN001
+    with pytest.raises(ValueError, match=key):
+        make()

@@ -1,0 +1,101 @@
+"""Named tensors against hand-written sums."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fl_lightning.state import RunningMean, all_finite, difference, load, match, num_bytes, snapshot, weighted_mean
+
+NAMES = ["backbone.conv1.weight", "backbone.conv1.bias", "backbone.fc.weight", "head.weight", "head.bias"]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        (["*"], NAMES),
+        (["head"], NAMES[3:]),
+        (["head.*"], NAMES[3:]),
+        (["head.bias", "*.conv1.*"], [NAMES[0], NAMES[1], NAMES[4]]),
+        (["backbone.conv1"], NAMES[:2]),
+    ],
+)
+def test_match_keeps_the_models_order(patterns: list[str], expected: list[str]) -> None:
+    assert match(NAMES, patterns) == expected
+
+
+def test_a_pattern_that_fits_nothing_names_what_is_close() -> None:
+    with pytest.raises(ValueError, match=r"'haed\.\*' fits no tensor.*head"):
+        match(NAMES, ["haed.*"])
+
+
+def test_weighted_mean_is_the_hand_written_sum() -> None:
+    a, b, c = (torch.tensor([1.0, -4.0]), torch.tensor([3.0, 2.0]), torch.tensor([-2.0, 8.0]))
+    mean = weighted_mean([{"w": a}, {"w": b}, {"w": c}], [1, 2, 5])["w"]
+    assert torch.allclose(mean, torch.tensor([(1 + 6 - 10) / 8, (-4 + 4 + 40) / 8]))
+
+
+def test_the_mean_of_equal_states_is_that_state_to_the_bit() -> None:
+    state = {"w": torch.randn(1000, generator=torch.Generator().manual_seed(0)), "n": torch.tensor(7)}
+    mean = weighted_mean([state] * 7, [3, 41, 7, 13, 999, 1, 50_001])
+    assert torch.equal(mean["w"], state["w"])
+    assert torch.equal(mean["n"], state["n"])
+
+
+def test_a_tensor_is_averaged_over_those_that_hold_it() -> None:
+    mean = weighted_mean([{"a": torch.tensor([2.0])}, {"a": torch.tensor([4.0]), "b": torch.tensor([9.0])}], [1, 1])
+    assert mean["a"].item() == 3.0
+    assert mean["b"].item() == 9.0
+
+
+def test_counters_are_not_averaged() -> None:
+    mean = weighted_mean([{"n": torch.tensor(4)}, {"n": torch.tensor(9)}], [100, 1])["n"]
+    assert mean.dtype == torch.int64
+    assert mean.item() == 9
+
+
+def test_adding_leaves_the_states_alone_and_zero_weight_counts_nothing() -> None:
+    first, second = torch.tensor([1.0], dtype=torch.float64), torch.tensor([5.0], dtype=torch.float64)
+    mean = RunningMean()
+    mean.add({"w": first}, 2)
+    mean.add({"w": second}, 0)
+    assert mean.compute()["w"].item() == 1.0
+    assert first.item() == 1.0
+    with pytest.raises(ValueError, match="at least 0"):
+        mean.add({"w": first}, -1)
+
+
+def test_snapshot_does_not_follow_the_original() -> None:
+    module = nn.Linear(2, 1)
+    copy = snapshot(module.state_dict())
+    with torch.no_grad():
+        module.weight += 1
+    assert not torch.equal(copy["weight"], module.weight)
+    assert not copy["weight"].requires_grad
+
+
+def test_load_keeps_the_parameters_identity_and_refuses_misfits() -> None:
+    module = nn.Linear(2, 1)
+    weight = module.weight
+    load(module, {"weight": torch.ones(1, 2), "bias": torch.zeros(1)})
+    assert module.weight is weight
+    assert torch.equal(weight, torch.ones(1, 2))
+    with pytest.raises(ValueError, match="missing bias; unexpected bais"):
+        load(module, {"weight": torch.ones(1, 2), "bais": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"weight has shape \(1, 2\) in the model, but \(1, 3\)"):
+        load(module, {"weight": torch.ones(1, 3), "bias": torch.zeros(1)})
+
+
+def test_difference_is_empty_only_for_equal_layouts() -> None:
+    one = {"a": torch.zeros(2), "b": torch.zeros(3)}
+    assert difference(one, one) == ""
+    assert "other shapes: a (4,) instead of (2,)" in difference({"a": torch.zeros(4), "b": torch.zeros(3)}, one)
+
+
+def test_bytes_and_finiteness() -> None:
+    state = {"w": torch.zeros(5), "n": torch.tensor(1), "h": torch.zeros(3, dtype=torch.bfloat16)}
+    assert num_bytes(state) == 5 * 4 + 8 + 3 * 2
+    assert all_finite(state)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        assert not all_finite({**state, "w": torch.tensor([0.0, bad])})
