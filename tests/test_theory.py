@@ -167,6 +167,7 @@ def test_concept_shift_closed_forms_equal_autograd(seed: int) -> None:
         matched_head_difference(rho, s, lambda_, eta), oracle["FT matched"].global_loss - oracle["LP-FT"].global_loss
     )
     _close(concept_shift_ft_local_loss(s, lambda_, eta), oracle["FT"].local_loss)
+    _close(oracle["FT matched"].local_loss, torch.full_like(rho, (2 * eta * s * lambda_) ** 2))
     _close(oracle["FT"].distortion, torch.full_like(rho, 2 * eta * lambda_ * math.sqrt(s)))
     _close(ft_distortion(problem, eta), oracle["FT"].distortion)
 

@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     stepped = list(one_draw.rows())
     matched = list(dataclasses.replace(one_draw, heads=("matched",)).rows())
     combined_rows = list(combined.rows())
+    combined_matched = list(dataclasses.replace(combined, heads=("matched",), lambdas=(options.lambda_,)).rows())
     finite = {
         f"n = {samples}": list(
             dataclasses.replace(
@@ -61,11 +62,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         for samples in options.samples
     }
-    rows = [*concept.rows(), *stepped, *matched, *combined_rows, *itertools.chain.from_iterable(finite.values())]
+    rows = [
+        *concept.rows(),
+        *stepped,
+        *matched,
+        *combined_rows,
+        *combined_matched,
+        *itertools.chain.from_iterable(finite.values()),
+    ]
     write_csv(rows, options.output / "theory_sweep.csv")
 
     print(_concept_table(stepped, matched))
-    print(_combined_table(combined_rows))
+    print(_combined_table(combined_rows, combined_matched))
     print(f"\nLargest relative error of the closed forms against the simulation: {_largest_error(combined):.1e}")
 
     def draws(directions: UnitVectors, num_clients: int, epsilon: float | None) -> list[LinearProblem]:
@@ -126,17 +134,18 @@ def _concept_table(stepped: Sequence[SweepRow], matched: Sequence[SweepRow]) -> 
     return "\n".join(lines)
 
 
-def _combined_table(rows: Sequence[SweepRow]) -> str:
+def _combined_table(rows: Sequence[SweepRow], matched: Sequence[SweepRow]) -> str:
     first = rows[0]
     lambdas = sorted({row.lambda_ for row in rows})
     lines = [
         f"\nCombined shift, share of clients with global loss LP-FT <= FT: C = {first.num_clients}, s = {first.s:g}",
-        f"{'epsilon':>8} {'eta':>8}" + "".join(f"{f'l={lambda_:g}':>9}" for lambda_ in lambdas),
+        f"{'epsilon':>8} {'eta':>8}" + "".join(f"{f'l={lambda_:g}':>9}" for lambda_ in lambdas) + "  probed head",
     ]
     share = {(row.epsilon, row.eta, row.lambda_): row.lpft_share for row in rows}
+    probed = {(row.epsilon, row.eta): row.lpft_share for row in matched}
     for epsilon, eta in dict.fromkeys((row.epsilon, row.eta) for row in rows):
         cells = "".join(f"{share[epsilon, eta, lambda_]:9.3f}" for lambda_ in lambdas)
-        lines.append(f"{epsilon:8.4g} {eta:8.4g}{cells}")
+        lines.append(f"{epsilon:8.4g} {eta:8.4g}{cells}{probed[epsilon, eta]:13.3f}")
     return "\n".join(lines)
 
 
