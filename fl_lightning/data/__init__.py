@@ -2,6 +2,7 @@
 
 from fl_lightning.data.augmentation import PerImageTransform, RandomCrop, RandomHorizontalFlip
 from fl_lightning.data.client_data import ClientData
+from fl_lightning.data.client_indices import ClientIndices
 from fl_lightning.data.digits import Digits
 from fl_lightning.data.federated_data import Examples, FederatedData
 from fl_lightning.data.folder import Folder
@@ -9,21 +10,33 @@ from fl_lightning.data.image_files import ImageFiles
 from fl_lightning.data.image_pool import ImagePool
 from fl_lightning.data.index_batches import IndexBatches
 from fl_lightning.data.normalization import Normalization
-from fl_lightning.data.partition import ClientIndices, Partition
+from fl_lightning.data.partition import Partition
+from fl_lightning.data.partitioned_data import PartitionedData, TrainTest
+from fl_lightning.data.partitioners import Dirichlet, Iid, LabelCount, Partitioner, Quantity, Shards
+from fl_lightning.data.torchvision_sets import TorchvisionSet
 
 __all__ = [
     "ClientData",
     "ClientIndices",
     "Digits",
+    "Dirichlet",
     "Examples",
     "FederatedData",
     "Folder",
     "ImageFiles",
     "ImagePool",
+    "Iid",
     "IndexBatches",
+    "LabelCount",
     "Normalization",
     "Partition",
+    "PartitionedData",
+    "Partitioner",
     "PerImageTransform",
+    "Quantity",
     "RandomCrop",
     "RandomHorizontalFlip",
+    "Shards",
+    "TorchvisionSet",
+    "TrainTest",
 ]

@@ -11,8 +11,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 from typing_extensions import override
 
+from fl_lightning.data.client_indices import hold_out, with_test
 from fl_lightning.data.federated_data import Examples, FederatedData
-from fl_lightning.data.folder import hold_out, split_off_test
 from fl_lightning.data.image_pool import ImagePool
 from fl_lightning.data.splits import stratified_split
 from fl_lightning.seeding import derive_seed
@@ -28,7 +28,8 @@ class Digits(FederatedData):
     """Scikit-learn's 1,797 digits of 8x8 pixels as five domains of 3x32x32, one client a domain.
 
     The digits are dealt out to the domains first, class by class, and changed afterwards: no glyph is in two domains,
-    nor in a training and a test set. The domains differ in what a digit looks like and share what it means (feature shift).
+    nor in a training and a test set. The domains differ in what a digit looks like and share what it means (feature
+    shift).
 
     E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository 1998,
     https://archive.ics.uci.edu/dataset/80, licensed under CC BY 4.0; these are the images of its test set.
@@ -59,7 +60,7 @@ class Digits(FederatedData):
             generator = torch.Generator().manual_seed(derive_seed(_DATA_SEED, name))
             indices = torch.from_numpy(part)
             images[indices] = (render(large[indices], generator) * 255).round().clamp(0, 255).to(torch.uint8)
-            clients.append(split_off_test(name, indices, labels[part], self.test_fraction, self.seed))
+            clients.append(with_test(name, indices, labels[part], self.test_fraction, self.seed))
         return Examples(
             name="digits",
             source=ImagePool(images, torch.from_numpy(labels)),

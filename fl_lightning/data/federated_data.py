@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fl_lightning.data.augmentation import Transform
 from fl_lightning.data.client_data import BatchOptions, ClientData, ImageSource
+from fl_lightning.data.client_indices import MIN_TRAIN, ClientIndices, Split, with_validation
 from fl_lightning.data.image_pool import ImagePool
 from fl_lightning.data.normalization import Normalization
-from fl_lightning.data.partition import ClientIndices, Partition, Split
-from fl_lightning.data.splits import part_size, stratified_split
+from fl_lightning.data.partition import Partition
 from fl_lightning.seeding import derive_seed
-
-#: BatchNorm cannot train on one example, and no model learns from it.
-MIN_TRAIN = 2
 
 
 @dataclass
@@ -117,6 +113,7 @@ class FederatedData(ABC):
         self._source = examples.source
         _check_labels(examples.source.labels, self.num_classes, self.name)
         _check_clients(examples.clients)
+        labels = examples.source.labels.numpy()
         ordered = sorted(examples.clients, key=lambda client: client.unseen)
         self._use(
             Partition(
@@ -124,19 +121,13 @@ class FederatedData(ABC):
                 fingerprint=examples.source.fingerprint(),
                 num_examples=len(examples.source),
                 num_classes=self.num_classes,
-                clients=tuple(self._with_validation(client) for client in ordered),
+                clients=tuple(
+                    with_validation(client, labels[client.train.numpy()], self.val_fraction, self.seed)
+                    for client in ordered
+                ),
                 description={**examples.description, "val_fraction": self.val_fraction, "seed": self.seed},
             )
         )
-
-    def _with_validation(self, client: ClientIndices) -> ClientIndices:
-        """Take the validation split out of the training examples, unless the data set has one."""
-        if client.val is not None:
-            return client
-        labels = self._source.labels[client.train].numpy()
-        rng = np.random.default_rng(derive_seed(self.seed, "val", client.name))
-        rest, part = stratified_split(labels, part_size(len(labels), self.val_fraction, leave=MIN_TRAIN), rng)
-        return replace(client, train=client.train[torch.from_numpy(rest)], val=client.train[torch.from_numpy(part)])
 
     def _use(self, partition: Partition) -> None:
         self.partition = partition

@@ -14,12 +14,10 @@ from typing_extensions import override
 
 from fl_lightning.data.arrays import class_names_of, image_tensor, label_tensor, read_npz
 from fl_lightning.data.client_data import ImageSource
-from fl_lightning.data.federated_data import MIN_TRAIN, Examples, FederatedData
+from fl_lightning.data.client_indices import ClientIndices, hold_out, with_test
+from fl_lightning.data.federated_data import Examples, FederatedData
 from fl_lightning.data.image_files import IMAGE_ENDINGS, Fit, ImageFiles
 from fl_lightning.data.image_pool import ImagePool
-from fl_lightning.data.partition import ClientIndices
-from fl_lightning.data.splits import part_size, stratified_split
-from fl_lightning.seeding import derive_seed
 
 #: Decoded images up to this many bytes are kept in memory under ``in_memory="auto"``.
 AUTO_BYTES = 2 * 2**30
@@ -153,7 +151,7 @@ class Folder(FederatedData):
                 indices[split] = torch.arange(start, len(paths))
             if "all" in indices:
                 y = np.array([labels[i] for i in indices["all"].tolist()], dtype=np.int64)
-                clients.append(split_off_test(client.name, indices["all"], y, self.test_fraction, self.seed))
+                clients.append(with_test(client.name, indices["all"], y, self.test_fraction, self.seed))
             else:
                 clients.append(ClientIndices(name=client.name, train=indices["train"], test=indices["test"]))
         source = ImageFiles(
@@ -178,48 +176,6 @@ def in_memory_or_not(files: ImageFiles, in_memory: InMemory) -> ImageSource:
         raise ValueError(f"`in_memory` must be true, false or auto, got {in_memory!r}.")
     decode = files.num_bytes <= AUTO_BYTES if in_memory == "auto" else in_memory
     return files.decode() if decode else files
-
-
-def hold_out(clients: Sequence[ClientIndices], names: Sequence[str]) -> list[ClientIndices]:
-    """Mark clients as unseen.
-
-    Args:
-        clients: All clients.
-        names: Of those to hold out.
-
-    Raises:
-        ValueError: If there is no client of such a name.
-    """
-    known = [client.name for client in clients]
-    for name in names:
-        if name not in known:
-            raise ValueError(f"`unseen_clients` names '{name}', but the clients are {', '.join(known)}.")
-    return [
-        ClientIndices(
-            name=client.name, train=client.train, test=client.test, val=client.val, unseen=client.name in names
-        )
-        for client in clients
-    ]
-
-
-def split_off_test(name: str, indices: Tensor, labels: np.ndarray, test_fraction: float, seed: int) -> ClientIndices:
-    """Keep a part of a client's examples for testing, class by class.
-
-    Args:
-        name: Of the client; its split depends on it and the seed, not on the other clients.
-        indices: All its examples.
-        labels: Theirs.
-        test_fraction: In (0, 1).
-        seed: Of the data set.
-
-    Raises:
-        ValueError: If ``test_fraction`` is out of range.
-    """
-    if not 0 < test_fraction < 1:
-        raise ValueError(f"`test_fraction` must lie in (0, 1), got {test_fraction}.")
-    rng = np.random.default_rng(derive_seed(seed, "test", name))
-    rest, part = stratified_split(labels, part_size(len(labels), test_fraction, leave=MIN_TRAIN), rng)
-    return ClientIndices(name=name, train=indices[torch.from_numpy(rest)], test=indices[torch.from_numpy(part)])
 
 
 def _split_levels(client: Path) -> dict[str, Path]:

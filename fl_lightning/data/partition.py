@@ -7,44 +7,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from fl_lightning import atomic
-
-Split = Literal["train", "val", "test"]
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
+from fl_lightning.data.client_indices import SPLITS, ClientIndices
 
 _FORMAT = 1
-
-
-@dataclass(frozen=True, eq=False)
-class ClientIndices:
-    """The examples of one client.
-
-    Args:
-        name: For people: a domain, a file, "client 3".
-        train: int64 indices into the source.
-        test: Likewise.
-        val: Likewise; ``None`` where it is still to be taken out of ``train``.
-        unseen: Whether the client never takes part in training.
-    """
-
-    name: str
-    train: Tensor
-    test: Tensor
-    val: Tensor | None = None
-    unseen: bool = False
-
-    def indices(self, split: Split) -> Tensor:
-        """The indices of one split; empty where there is no validation split."""
-        if split not in SPLITS:
-            raise ValueError(f"`split` must be 'train', 'val' or 'test', got {split!r}.")
-        if split == "val" and self.val is None:
-            return torch.zeros(0, dtype=torch.int64)
-        return getattr(self, split)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,133 @@
+"""Data sets that know no clients and are divided among some."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import InitVar, dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from fl_lightning.data.client_indices import ClientIndices, with_test
+from fl_lightning.data.federated_data import Examples, FederatedData
+from fl_lightning.data.image_pool import ImagePool
+from fl_lightning.data.partitioners import Dirichlet, Partitioner, divide_alike
+from fl_lightning.seeding import derive_seed
+
+
+@dataclass
+class TrainTest:
+    """A data set as it is published.
+
+    Args:
+        train_images: uint8, (N, C, H, W).
+        train_labels: int64, (N,).
+        test_images: uint8, (M, C, H, W).
+        test_labels: int64, (M,).
+        class_names: One per class.
+    """
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    class_names: Sequence[str]
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class PartitionedData(FederatedData):
+    """A data set with training and test images, divided among clients by a partitioner.
+
+    Args:
+        partition: A :class:`~fl_lightning.data.partitioners.Partitioner`; Dirichlet with 0.5 if not given.
+        num_clients: Clients that take part.
+        num_unseen: Further clients, of the same making, that never do.
+        test_split: ``"official"`` divides the published test set so that each client is tested on the labels it trains
+            on, and nothing of it is ever trained on. ``"pooled"`` divides all images, as is usual for small data sets,
+            and keeps a part of each client's for testing.
+        test_fraction: That part, in (0, 1), under ``"pooled"``.
+
+    Raises:
+        ValueError: If a setting is out of range, or there are too few images for so many clients.
+    """
+
+    partition: InitVar[Partitioner | None] = None  # type: ignore[assignment]  # afterwards the Partition that came of it
+    num_clients: int = 10
+    num_unseen: int = 0
+    test_split: Literal["official", "pooled"] = "official"
+    test_fraction: float = 0.2
+
+    @abstractmethod
+    def read_train_test(self) -> tuple[str, TrainTest]:
+        """The name of the data set, and its images and labels."""
+
+    def __post_init__(self, partition: Partitioner | None) -> None:  # type: ignore[override]
+        if partition is not None and not isinstance(partition, Partitioner):
+            raise TypeError(f"`partition` must be a partitioner with a `_target_`, got {partition!r}.")
+        if self.num_clients < 1:
+            raise ValueError(f"`num_clients` must be at least 1, got {self.num_clients}.")
+        if self.num_unseen < 0:
+            raise ValueError(f"`num_unseen` must be at least 0, got {self.num_unseen}.")
+        if self.test_split not in ("official", "pooled"):
+            raise ValueError(f"`test_split` must be 'official' or 'pooled', got {self.test_split!r}.")
+        self._partitioner = partition or Dirichlet()
+        super().__post_init__()
+
+    @override
+    def read(self) -> Examples:
+        name, data = self.read_train_test()
+        divide = self._divide_official if self.test_split == "official" else self._divide_pooled
+        return Examples(
+            name=name,
+            source=ImagePool(
+                torch.cat([data.train_images, data.test_images]), torch.cat([data.train_labels, data.test_labels])
+            ),
+            class_names=data.class_names,
+            clients=divide(data.train_labels.numpy(), data.test_labels.numpy(), len(data.class_names)),
+            description={"partitioner": self._partitioner.describe(), "test_split": self.test_split},
+        )
+
+    @property
+    def _names(self) -> list[str]:
+        return [f"client {position}" for position in range(self.num_clients + self.num_unseen)]
+
+    def _divide_official(self, train: np.ndarray, test: np.ndarray, num_classes: int) -> list[ClientIndices]:
+        train_parts = self._partitioner(train, len(self._names), self.seed)
+        counts = np.stack([np.bincount(train[part], minlength=num_classes) for part in train_parts])
+        test_parts = divide_alike(test, counts, np.random.default_rng(derive_seed(self.seed, "test")))
+        empty = sum(len(part) == 0 for part in test_parts)
+        if empty:
+            raise ValueError(
+                f"The {len(test)} images of the official test set leave {empty} of {len(test_parts)} clients without "
+                "one; set `test_split: pooled`, take fewer clients, or raise the partitioner's `min_size`."
+            )
+        return [
+            ClientIndices(
+                name=name,
+                train=torch.from_numpy(train_part),
+                test=torch.from_numpy(test_part) + len(train),
+                unseen=position >= self.num_clients,
+            )
+            for position, (name, train_part, test_part) in enumerate(
+                zip(self._names, train_parts, test_parts, strict=True)
+            )
+        ]
+
+    def _divide_pooled(self, train: np.ndarray, test: np.ndarray, num_classes: int) -> list[ClientIndices]:
+        labels = np.concatenate([train, test])
+        parts = self._partitioner(labels, len(self._names), self.seed)
+        return [
+            with_test(
+                name,
+                torch.from_numpy(part),
+                labels[part],
+                self.test_fraction,
+                self.seed,
+                unseen=position >= self.num_clients,
+            )
+            for position, (name, part) in enumerate(zip(self._names, parts, strict=True))
+        ]

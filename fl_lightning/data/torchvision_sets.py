@@ -1,0 +1,170 @@
+"""The small image sets that torchvision knows, divided among clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import datasets
+from typing_extensions import override
+
+from fl_lightning.data.arrays import conform, image_tensor, label_tensor, read_npz
+from fl_lightning.data.partitioned_data import PartitionedData, TrainTest
+
+Read = Callable[[str, bool, bool], tuple[Tensor, Tensor]]
+
+_DIGITS = [str(digit) for digit in range(10)]
+
+
+@dataclass(frozen=True)
+class _Published:
+    """How torchvision offers a data set.
+
+    Args:
+        read: From (root, train, download) to images, uint8 (N, C, H, W), and labels.
+        files: What its download consists of, relative to the root; for people.
+        class_names: In the order of the labels.
+    """
+
+    read: Read
+    files: str
+    class_names: Sequence[str]
+
+
+def _read_cifar(kind: type[datasets.CIFAR10]) -> Read:
+    def read(root: str, train: bool, download: bool) -> tuple[Tensor, Tensor]:
+        data = kind(root, train=train, download=download)
+        return torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.tensor(data.targets)
+
+    return read
+
+
+def _read_mnist(kind: type[datasets.MNIST]) -> Read:
+    def read(root: str, train: bool, download: bool) -> tuple[Tensor, Tensor]:
+        data = kind(root, train=train, download=download)
+        return data.data.unsqueeze(1), data.targets
+
+    return read
+
+
+def _read_emnist(root: str, train: bool, download: bool) -> tuple[Tensor, Tensor]:
+    data = datasets.EMNIST(root, split="balanced", train=train, download=download)
+    return data.data.transpose(1, 2).unsqueeze(1), data.targets  # the files store each image column by column
+
+
+def _read_svhn(root: str, train: bool, download: bool) -> tuple[Tensor, Tensor]:
+    data = datasets.SVHN(root, split="train" if train else "test", download=download)
+    return torch.from_numpy(data.data), torch.from_numpy(np.asarray(data.labels))
+
+
+def _read_usps(root: str, train: bool, download: bool) -> tuple[Tensor, Tensor]:
+    data = datasets.USPS(root, train=train, download=download)
+    return torch.from_numpy(np.asarray(data.data)).unsqueeze(1), torch.tensor(data.targets)
+
+
+_CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+_IDX = "raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz"
+
+PUBLISHED = {
+    "cifar10": _Published(_read_cifar(datasets.CIFAR10), "cifar-10-python.tar.gz", _CIFAR10),
+    "cifar100": _Published(
+        _read_cifar(datasets.CIFAR100), "cifar-100-python.tar.gz", [str(label) for label in range(100)]
+    ),
+    "mnist": _Published(_read_mnist(datasets.MNIST), f"MNIST/{_IDX}", _DIGITS),
+    "fashion_mnist": _Published(
+        _read_mnist(datasets.FashionMNIST), f"FashionMNIST/{_IDX}", datasets.FashionMNIST.classes
+    ),
+    "emnist": _Published(_read_emnist, "EMNIST/raw/gzip.zip", list("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghnqrt")),
+    "svhn": _Published(_read_svhn, "train_32x32.mat and test_32x32.mat", _DIGITS),
+    "usps": _Published(_read_usps, "usps.bz2 and usps.t.bz2", _DIGITS),
+}
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class TorchvisionSet(PartitionedData):
+    """CIFAR-10, CIFAR-100, MNIST, Fashion-MNIST, EMNIST (balanced), SVHN or USPS.
+
+    Args:
+        name: One of :data:`PUBLISHED`.
+        root: A folder with torchvision's files, to which they are downloaded if they are missing; or a ``.npz`` with
+            ``x_train, y_train, x_test, y_test``, such as a smaller version of the data set; or a folder with that file
+            as ``<name>.npz``, which is preferred.
+        download: Whether missing files may be downloaded.
+        channels: 1 or 3; ``None`` keeps what the data set has.
+        resize: Height and width in pixels; ``None`` keeps what the data set has.
+
+    Raises:
+        FileNotFoundError: If files are missing and cannot be downloaded, saying which belong where.
+        ValueError: If the ``.npz`` is not as described.
+    """
+
+    name: str = "cifar10"
+    root: str = "datasets"
+    download: bool = True
+    channels: int | None = None
+    resize: int | None = None
+
+    @override
+    def read_train_test(self) -> tuple[str, TrainTest]:
+        if self.name not in PUBLISHED:
+            raise ValueError(f"`name` must be one of {', '.join(PUBLISHED)}, got '{self.name}'.")
+        path = Path(self.root)
+        if (path / f"{self.name}.npz").is_file():
+            path = path / f"{self.name}.npz"
+        published = PUBLISHED[self.name]
+        if path.suffix == ".npz":
+            data = read_train_test_npz(path, published.class_names, self.channels, self.resize)
+        else:
+            parts = []
+            for train in (True, False):
+                images, labels = self._published(published, train)
+                parts += [conform(images, self.name, self.channels, self.resize), labels.long()]
+            data = TrainTest(*parts, class_names=published.class_names)
+        return self.name, data
+
+    def _published(self, published: _Published, train: bool) -> tuple[Tensor, Tensor]:
+        try:
+            return published.read(self.root, train, self.download)
+        except (RuntimeError, OSError, EOFError, ValueError, AssertionError) as error:
+            tried = "could not be downloaded" if self.download else "`download` is false"
+            raise FileNotFoundError(
+                f"'{self.name}' is not complete in the folder '{self.root}', and {tried} "
+                f"({' '.join(str(error).split())}); put {published.files} there, or set `data.root` to another folder or "
+                "to one .npz."
+            ) from error
+
+
+def read_train_test_npz(
+    path: Path, class_names: Sequence[str], channels: int | None = None, resize: int | None = None
+) -> TrainTest:
+    """Read a whole data set from one ``.npz`` with ``x_train, y_train, x_test, y_test``.
+
+    Args:
+        path: The file.
+        class_names: In the order of the labels.
+        channels: 1 or 3; ``None`` keeps what there is.
+        resize: Height and width in pixels; ``None`` keeps what there is.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not as described, naming the array.
+    """
+    arrays = read_npz(path)
+    images = {
+        split: image_tensor(arrays[f"x_{split}"], f"x_{split} of '{path}'", channels, resize)
+        for split in ("train", "test")
+    }
+    if images["train"].shape[1:] != images["test"].shape[1:]:
+        raise ValueError(
+            f"x_train of '{path}' has images of shape {tuple(images['train'].shape[1:])} (channels, height, width), "
+            f"but x_test has {tuple(images['test'].shape[1:])}; `channels` and `resize` make them equal."
+        )
+    labels = {
+        split: label_tensor(arrays[f"y_{split}"], len(images[split]), f"y_{split} of '{path}'", len(class_names))
+        for split in ("train", "test")
+    }
+    return TrainTest(images["train"], labels["train"], images["test"], labels["test"], class_names)
