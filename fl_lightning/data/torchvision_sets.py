@@ -119,23 +119,21 @@ class TorchvisionSet(PartitionedData):
         if path.suffix == ".npz":
             data = read_train_test_npz(path, published.class_names, self.channels, self.resize)
         else:
-            parts = []
-            for train in (True, False):
-                images, labels = self._published(published, train)
-                parts += [conform(images, self.name, self.channels, self.resize), labels.long()]
-            data = TrainTest(*parts, class_names=published.class_names)
+            train, test = self._published(published, train=True), self._published(published, train=False)
+            data = TrainTest(*train, *test, class_names=published.class_names)
         return self.name, data
 
     def _published(self, published: _Published, train: bool) -> tuple[Tensor, Tensor]:
         try:
-            return published.read(self.root, train, self.download)
+            images, labels = published.read(self.root, train, self.download)
         except (RuntimeError, OSError, EOFError, ValueError, AssertionError) as error:
             tried = "could not be downloaded" if self.download else "`download` is false"
             raise FileNotFoundError(
                 f"'{self.name}' is not complete in the folder '{self.root}', and {tried} "
-                f"({' '.join(str(error).split())}); put {published.files} there, or set `data.root` to another folder or "
-                "to one .npz."
+                f"({' '.join(str(error).split())}); put {published.files} there, or set `data.root` to another folder "
+                "or to one .npz."
             ) from error
+        return conform(images, self.name, self.channels, self.resize), labels.long()
 
 
 def read_train_test_npz(
