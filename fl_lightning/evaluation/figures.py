@@ -1,0 +1,415 @@
+"""Figures of a federation, for TensorBoard and for PNG files.
+
+Every function takes plain arrays and returns a :class:`matplotlib.figure.Figure` of its own: there is no global state,
+no window, and nothing to close. Sizes follow the number of clients, so that five and a hundred are both readable.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PolyCollection
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike, NDArray
+
+from fl_lightning.atomic import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.typing import ColorType  # matplotlib 3.8; not needed to run
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; https://jfly.uni-koeln.de/color/
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777", "#000000")
+MARKERS = "os^Dv<>P"
+GAIN, LOSS = COLOURS[2], COLOURS[1]
+_MOST_LABELS = 40  # names on an axis, before every other one is left out
+
+
+class Curve(NamedTuple):
+    """Local and global accuracy of one setting, one value per epoch, the first being the start."""
+
+    local: Sequence[float]
+    elsewhere: Sequence[float]
+
+
+def save_png(figure: Figure, path: str | Path, dpi: int = 120) -> None:
+    """Write a figure as PNG, in one step; see :func:`fl_lightning.atomic.replacing`."""
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=dpi)
+
+
+def to_array(figure: Figure, dpi: int = 100) -> NDArray[np.uint8]:
+    """A figure as an image (height, width, 3), as TensorBoard's ``add_image(..., dataformats="HWC")`` takes it."""
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def draw_partition(
+    counts: ArrayLike,
+    clients: Sequence[str],
+    classes: Sequence[str],
+    style: Literal["bubbles", "bars"] | None = None,
+) -> Figure:
+    """Who has how many examples of which class.
+
+    Args:
+        counts: Examples by client and class, (clients, classes).
+        clients: Names.
+        classes: Names.
+        style: ``"bubbles"``, whose areas are the counts, or stacked ``"bars"``. Default: bubbles up to 20 classes and
+            60 clients, else bars.
+
+    Raises:
+        ValueError: If the names do not fit the counts.
+    """
+    table = _table(counts, clients, classes)
+    if style is None:
+        style = "bubbles" if len(classes) <= 20 and len(clients) <= 60 else "bars"
+    if style not in ("bubbles", "bars"):
+        raise ValueError(f"Expected `style` to be 'bubbles' or 'bars', but got {style!r}.")
+    if style == "bars":
+        figure, axes = _figure(_length(len(clients), 0.14, 5, 18) + 1.5, 4)
+        colours = matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(classes)))
+        bottom = np.zeros(len(clients))
+        for column, colour, name in zip(table.T, colours, classes, strict=True):
+            _bars(axes, bottom, bottom + column, colour, name)
+            bottom += column
+        axes.set_xlim(-0.6, len(clients) - 0.4)
+        axes.set_ylim(0, 1.03 * max(float(bottom.max()), 1))
+        axes.set_ylabel("training examples")
+        if len(classes) <= 26:
+            axes.legend(
+                title="class",
+                bbox_to_anchor=(1.01, 1),
+                loc="upper left",
+                fontsize=8,
+                ncols=math.ceil(len(classes) / 13),
+            )
+    else:
+        figure, axes = _figure(_length(len(clients), 0.2, 4.5, 16) + 1, _length(len(classes), 0.27, 2.5, 8) + 0.8)
+        x, y = np.nonzero(table)
+        # Neighbouring bubbles of the largest count just touch: their diameter is the narrower cell, in points.
+        width, height = figure.get_size_inches()
+        cell = 72 * min((width - 1.5) / len(clients), (height - 1) / len(classes))
+        sizes = table[x, y] / max(table.max(), 1) * (0.95 * cell) ** 2
+        axes.scatter(x, y, s=sizes, color=COLOURS[0], alpha=0.8, linewidths=0)
+        axes.set_xlim(-0.7, len(clients) - 0.3)
+        axes.set_ylim(-0.7, len(classes) - 0.3)
+        _name_axis(axes, "y", classes)
+        axes.set_ylabel("class")
+        axes.set_title(
+            f"{int(table.sum()):,} training examples; the largest bubble is {int(table.max()):,}", fontsize=10
+        )
+    _name_axis(axes, "x", clients)
+    axes.set_xlabel("client")
+    return figure
+
+
+def draw_confusion(counts: ArrayLike, classes: Sequence[str]) -> Figure:
+    """Which class is taken for which: rows are true classes, columns predicted ones, shades are shares of a row.
+
+    Args:
+        counts: Examples by true and predicted class, (classes, classes).
+        classes: Names.
+    """
+    table = _table(counts, classes, classes)
+    totals = table.sum(axis=1, keepdims=True)
+    shares = np.divide(table, totals, out=np.zeros_like(table), where=totals > 0)
+    side = _length(len(classes), 0.42, 3, 12)
+    figure, axes = _figure(side + 1.4, side + 0.6)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
+    if len(classes) <= 20:
+        _write_cells(axes, shares, [[f"{int(count):,}" if count else "" for count in row] for row in table], dark=0.55)
+    _name_axis(axes, "x", classes)
+    _name_axis(axes, "y", classes)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    return figure
+
+
+def draw_client_rounds(
+    values: ArrayLike, rounds: Sequence[int], clients: Sequence[str], label: str = "accuracy"
+) -> Figure:
+    """How every client fares over the rounds: one row a client, the one that ends worst on top.
+
+    Args:
+        values: One row per evaluated round, one column per client; NaN where there is no value.
+        rounds: Their numbers, counting up.
+        clients: Names.
+        label: What the values are.
+    """
+    table = _table(values, [str(number) for number in rounds], clients)
+    order = np.argsort(np.where(np.isnan(table[-1]), np.inf, table[-1]), kind="stable")
+    figure, axes = _figure(7.5, _length(len(clients), 0.22, 2, 11) + 1)
+    image = axes.pcolormesh(
+        np.arange(len(rounds) + 1), np.arange(len(clients) + 1), table[:, order].T, cmap="viridis", rasterized=True
+    )
+    axes.invert_yaxis()
+    figure.colorbar(image, ax=axes, label=label)
+    step = max(1, math.ceil(len(rounds) / 12))
+    axes.set_xticks(np.arange(0, len(rounds), step) + 0.5, [str(number) for number in rounds[::step]])
+    _name_axis(axes, "y", [clients[index] for index in order], offset=0.5)
+    axes.set_xlabel("round")
+    axes.set_ylabel("client, worst on top")
+    return figure
+
+
+def draw_matrix(values: ArrayLike, clients: Sequence[str], title: str = "") -> Figure:
+    """The accuracy of every client's model on every client's test set; the diagonal is at home.
+
+    Args:
+        values: Row i, column j: model i on test set j, (clients, clients).
+        clients: Names.
+        title: The strategy.
+    """
+    table = _table(values, clients, clients)
+    side = _length(len(clients), 0.5, 3, 11)
+    figure, axes = _figure(side + 1.6, side + 0.6)
+    image = axes.imshow(table, cmap="viridis", vmin=min(0.0, _lowest(table)), vmax=max(1.0, float(np.nanmax(table))))
+    figure.colorbar(image, ax=axes, label="accuracy", shrink=0.8)
+    if len(clients) <= 20:
+        _write_cells(axes, table, [["" if np.isnan(v) else f"{v:.2f}" for v in row] for row in table], light=0.55)
+    _name_axis(axes, "x", clients)
+    _name_axis(axes, "y", clients)
+    axes.set_xlabel("test set of")
+    axes.set_ylabel("model of")
+    axes.set_title(title)
+    return figure
+
+
+def draw_epochs(curves: Mapping[str, Curve], title: str = "", label: str = "accuracy") -> Figure:
+    """Local (dashed) and global (solid) accuracy over the epochs of fine-tuning, for several settings.
+
+    In the manner of Figure 2 of Chen et al., https://arxiv.org/abs/2511.12695: personalization overfitting is the
+    solid line going down while the dashed one rises or stays.
+
+    Args:
+        curves: By setting (``"lr 0.01"``), one value per epoch, the first being epoch 0, before fine-tuning.
+        title: What the settings are of.
+        label: What the values are.
+    """
+    figure, axes = _figure(7, 4.2)
+    for index, (_, curve) in enumerate(curves.items()):
+        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 4}
+        axes.plot(range(len(curve.local)), curve.local, linestyle="--", **style)  # type: ignore[arg-type]
+        axes.plot(range(len(curve.elsewhere)), curve.elsewhere, linestyle="-", **style)  # type: ignore[arg-type]
+    kinds = [
+        Line2D([], [], color="black", linestyle="--", label="local"),
+        Line2D([], [], color="black", linestyle="-", label="global"),
+    ]
+    settings = [
+        Line2D([], [], color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], markersize=4, label=name)
+        for i, name in enumerate(curves)
+    ]
+    axes.legend(handles=[*kinds, *settings], bbox_to_anchor=(1.01, 1), loc="upper left", fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("epoch of fine-tuning")
+    axes.set_ylabel(label)
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def draw_drop_against_distortion(
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str = ""
+) -> Figure:
+    """Whether models whose features moved further have forgotten more, in the manner of Figure 3a of Chen et al.
+
+    https://arxiv.org/abs/2511.12695. Args:
+        points: By strategy: feature distortions, and drops of global accuracy below the un-tuned model's (in
+            percentage points, positive is worse); a point per epoch, run or client.
+        title: What the points are.
+    """
+    figure, axes = _figure(6, 4.4)
+    for index, (name, (distortions, drops)) in enumerate(points.items()):
+        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+        axes.scatter(distortions, drops, label=name, color=colour, marker=marker, alpha=0.8, s=28)
+    x, y = (np.concatenate([np.asarray(pair[i], dtype=float) for pair in points.values()]) for i in (0, 1))
+    finite = np.isfinite(x) & np.isfinite(y)
+    if finite.sum() > 2 and np.ptp(x[finite]) > 0 and np.ptp(y[finite]) > 0:
+        axes.plot([], [], " ", label=f"r = {np.corrcoef(x[finite], y[finite])[0, 1]:.2f} over all")
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.legend(fontsize=9)
+    axes.set_xlabel("feature distortion (mean $\\ell_2$ distance)")
+    axes.set_ylabel("drop of global accuracy (points)")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def draw_equal_loss(
+    levels: Sequence[float],
+    means: Mapping[str, Sequence[float]],
+    stds: Mapping[str, Sequence[float]] | None = None,
+    label: str = "global accuracy",
+) -> Figure:
+    """Strategies compared where they have learned their own data equally well, as Figure 3b of Chen et al. does by
+    flooding, https://arxiv.org/abs/2511.12695.
+
+    Args:
+        levels: The local training loss at which each group was stopped from falling further.
+        means: By strategy, one value per level.
+        stds: Standard deviations over runs, drawn as error bars.
+        label: What the values are.
+    """
+    figure, axes = _figure(_length(len(levels) * len(means), 0.32, 4.5, 12) + 1.2, 4)
+    width = 0.8 / max(len(means), 1)
+    for index, (name, values) in enumerate(means.items()):
+        x = np.arange(len(levels)) + (index - (len(means) - 1) / 2) * width
+        errors = None if stds is None else stds.get(name)
+        axes.bar(x, values, width * 0.92, yerr=errors, capsize=3, color=COLOURS[index % len(COLOURS)], label=name)
+    numbers = np.concatenate([np.asarray(values, dtype=float) for values in means.values()])
+    lowest = float(np.nanmin(numbers))
+    axes.set_ylim(bottom=min(0.0, lowest))
+    axes.set_xticks(range(len(levels)), [f"{level:g}" for level in levels])
+    axes.legend(bbox_to_anchor=(1.01, 1), loc="upper left", fontsize=9)
+    axes.set_xlabel("flooding level of the local training loss")
+    axes.set_ylabel(label)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    return figure
+
+
+def draw_gains(
+    changes: ArrayLike, clients: Sequence[str], title: str = "", label: str = "change of accuracy"
+) -> Figure:
+    """Who gains and who is harmed: one bar a client, the worst off first.
+
+    Args:
+        changes: Gain (positive) or loss of each client against a baseline; NaN for a client without a value.
+        clients: Names.
+        title: Which strategy against which baseline.
+        label: What the values are.
+    """
+    values = np.asarray(changes, dtype=np.float64)
+    if values.shape != (len(clients),):
+        raise ValueError(f"Expected one change for each of {len(clients)} clients, but got shape {values.shape}.")
+    order = [index for index in np.argsort(values, kind="stable") if not np.isnan(values[index])]
+    kept = values[order]
+    figure, axes = _figure(_length(len(order), 0.2, 4.5, 16) + 0.8, 3.8)
+    _bars(axes, np.zeros(len(kept)), kept, [LOSS if value < 0 else GAIN for value in kept])
+    axes.axhline(0, color="black", linewidth=0.8)
+    if kept.size:
+        margin = 0.05 * max(float(np.ptp([0, *kept])), 1e-3)
+        axes.set_ylim(min(0, kept.min()) - margin, max(0, kept.max()) + margin)
+        mean = float(kept.mean())
+        axes.axhline(mean, color="black", linestyle=":", linewidth=1.2, label=f"mean {mean:+.3f}")
+        axes.plot([], [], "s", color=LOSS, label=f"{int((kept < 0).sum())} of {len(order)} clients hurt")
+        axes.legend(fontsize=9, loc="upper left")
+    axes.set_xlim(-0.7, max(len(order), 1) - 0.3)
+    _name_axis(axes, "x", [clients[index] for index in order])
+    axes.set_ylabel(label)
+    axes.set_title(title)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    return figure
+
+
+def draw_cost(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    unit: Literal["bytes", "seconds"] = "bytes",
+    label: str = "accuracy",
+) -> Figure:
+    """What accuracy costs: accuracy against all bytes sent, or all seconds spent, since the start.
+
+    Args:
+        curves: By method: cost so far, and accuracy at that moment.
+        unit: Of the cost. Bytes are drawn in MB, 10^6 bytes.
+        label: What the accuracy is.
+
+    Raises:
+        ValueError: If the unit is unknown.
+    """
+    if unit not in ("bytes", "seconds"):
+        raise ValueError(f"Expected `unit` to be 'bytes' or 'seconds', but got {unit!r}.")
+    figure, axes = _figure(7, 4.2)
+    for index, (name, (costs, values)) in enumerate(curves.items()):
+        x = np.asarray(costs, dtype=float) / (1e6 if unit == "bytes" else 1)
+        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+        axes.plot(x, values, label=name, markersize=4, markevery=max(1, len(x) // 20), **style)  # type: ignore[arg-type]
+    axes.legend(bbox_to_anchor=(1.01, 1), loc="upper left", fontsize=9)
+    axes.set_xlabel("MB sent, up and down" if unit == "bytes" else "seconds")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _bars(axes: Axes, low: ArrayLike, high: ArrayLike, colours: ColorType | list[ColorType], label: str = "") -> None:
+    """Bars at 0, 1, 2, ... as one artist. ``Axes.bar`` makes one each: 16 s instead of 0.7 for 1,000 clients."""
+    low, high = np.asarray(low, dtype=float), np.asarray(high, dtype=float)
+    left = np.arange(len(low)) - 0.45
+    corners = np.stack([[left, low], [left, high], [left + 0.9, high], [left + 0.9, low]])  # (4, 2, bars)
+    axes.add_collection(
+        PolyCollection(list(corners.transpose(2, 0, 1)), facecolors=colours, label=label), autolim=False
+    )
+
+
+def _length(number: int, each: float, least: float, most: float) -> float:
+    """Inches for ``number`` things."""
+    return min(max(number * each, least), most)
+
+
+def _table(values: ArrayLike, rows: Sequence[str], columns: Sequence[str]) -> NDArray[np.float64]:
+    table = np.array(values, dtype=np.float64)
+    if table.shape != (len(rows), len(columns)) or table.size == 0:
+        raise ValueError(
+            f"Expected shape ({len(rows)}, {len(columns)}), not empty, as the names say, but got {table.shape}."
+        )
+    return table
+
+
+def _lowest(table: NDArray[np.float64]) -> float:
+    return float(np.nanmin(table))
+
+
+def _name_axis(axes: Axes, which: Literal["x", "y"], names: Sequence[str], offset: float = 0.0) -> None:
+    """Put names on an axis: each if there is room, else every n-th."""
+    step = max(1, math.ceil(len(names) / _MOST_LABELS))
+    positions = list(range(0, len(names), step))
+    labels = [name if len(name) <= 16 else f"{name[:15]}…" for name in (str(names[index]) for index in positions)]
+    size = 9 if len(labels) <= 20 else 7
+    if which == "y":
+        axes.set_yticks([position + offset for position in positions], labels, fontsize=size)
+        return
+    # A character of 9 points is about 0.08 inches wide; what the axes lose to their surroundings about 1.5 inches.
+    assert isinstance(axes.figure, Figure)
+    room = (axes.figure.get_size_inches()[0] - 1.5) / max(len(labels), 1)
+    long = max((len(label) for label in labels), default=0) * 0.009 * size > room
+    angle = 0 if not long else 30 if len(labels) <= 12 else 60
+    axes.set_xticks([position + offset for position in positions], labels, fontsize=size, rotation=angle)
+    if long:
+        for label in axes.get_xticklabels():
+            label.set_horizontalalignment("right")
+            label.set_rotation_mode("anchor")
+
+
+def _write_cells(
+    axes: Axes,
+    values: NDArray[np.float64],
+    texts: Sequence[Sequence[str]],
+    dark: float | None = None,
+    light: float | None = None,
+) -> None:
+    """Write into the cells of an image: white on cells above ``dark``, or on cells below ``light``."""
+    size = 9 if len(texts) <= 12 else 6.5
+    for row, line in enumerate(texts):
+        for column, text in enumerate(line):
+            value = values[row, column]
+            white = (dark is not None and value > dark) or (light is not None and value < light)
+            axes.text(column, row, text, ha="center", va="center", fontsize=size, color="white" if white else "black")
