@@ -92,8 +92,8 @@ def parts(blocks: Chain, head: nn.Module, model: nn.Module, cut: Cut) -> Parts:
     torn = server & {*base, *tail, *last} or set(top) & set(body)
     if torn:
         raise ValueError(
-            f"the cut {cut.start}:{cut.at}:{cut.end} tears apart the tied tensor {min(torn)!r}, which would have two holders; "
-            "move the cut so that one party holds both ends, or untie them."
+            f"the cut {cut.start}:{cut.at}:{cut.end} tears apart the tied tensor {min(torn)!r}, which "
+            "would have two holders; move the cut so that one party holds both ends, or untie them."
         )
     last = [name for name in last if name not in base and name not in tail]  # tied ends of a client count once
     tail = [name for name in tail if name not in base]

@@ -15,7 +15,7 @@ class BatchBytes:
     """Bytes of the four messages of one batch, tensors only.
 
     Attributes:
-        activation_up: Message 1, at the cut; with alignment also the base's output, from which the server's copies start.
+        activation_up: Message 1, at the cut; with alignment also the base's output, where the server's copies start.
         activation_down: Message 2, at the end of the body; with alignment at the client also the server's top.
         gradient_up: Message 3.
         gradient_down: Message 4.
@@ -126,7 +126,7 @@ def sequential_seconds(clients: Sequence[Sequence[BatchSeconds]]) -> float:
 
 
 def asynchronous_seconds(clients: Sequence[Sequence[BatchSeconds]]) -> float:
-    """Return the seconds of a round in which all clients train at once and queue at one server, first come first served.
+    """Return the seconds of a round in which all clients train at once and queue at one server, first come first.
 
     Args:
         clients: The batches of each client, in their order.

@@ -120,12 +120,12 @@ class SplitModule(FederatedModule):
             return super().configure_optimizers()
         held = self.parts(self.exchange.cut)
         named = dict(self.named_parameters())
-        groups = [
+        groups: list[Any] = [
             {"params": [named[name] for name in getattr(held, part) if name in named], "lr_factor": factor}
             for part in CLIENT_PARTS
             if (factor := self.lr_factors.get(part, 1.0)) > 0
         ]
-        optimizer = self.optimizer([group for group in groups if group["params"]])  # type: ignore[arg-type]
+        optimizer = self.optimizer([group for group in groups if group["params"]])
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * group.pop("lr_factor") * self.lr_factor
         if self.scheduler is None:

@@ -58,7 +58,7 @@ class ModelProfile:
         return self.flops(0, at) + self.flops(end, len(self.blocks)) + self.head.flops
 
     def client_memory(self, at: int, end: int, batch_size: int, optimizer_slots: int) -> int:
-        """Return the bytes a client needs to train its front ``[0, at)`` and tail: parameters, gradients, optimizer, activations.
+        """Return the bytes a client needs to train front and tail: parameters, gradients, optimizer, activations.
 
         Args:
             at: The client's cut.
@@ -104,7 +104,8 @@ class ClientProfile:
         unknown = values.keys() - cls.__dataclass_fields__.keys()
         if unknown:
             raise ValueError(
-                f"a client profile has no {', '.join(sorted(map(str, unknown)))}; it has {', '.join(cls.__dataclass_fields__)}."
+                f"a client profile has no {', '.join(sorted(map(str, unknown)))}; "
+                f"it has {', '.join(cls.__dataclass_fields__)}."
             )
         return cls(**values)
 
@@ -145,9 +146,13 @@ def _measure(name: str, block: nn.Module, x: Tensor) -> tuple[BlockProfile, Tens
     if x.is_floating_point():
         x.requires_grad_()
     # the plain attention kernel is made of matrix products, which every version of the counter knows
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            out = block(x)
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        out = block(x)
     size = sum(tensor.numel() * tensor.element_size() for tensor in (*block.parameters(), *block.buffers()))
     return (
         BlockProfile(name, counter.get_total_flops(), out.numel() * out.element_size(), sum(saved.values()), size),

@@ -1,4 +1,4 @@
-"""Split training inside the federated loop: chooses cuts, lends each client a line to the server's body, keeps account."""
+"""Split training inside the federated loop: chooses cuts, lends clients a line to the body, keeps account."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from fl_lightning.callback import FederatedCallback
@@ -64,7 +65,7 @@ class SplitServer(FederatedCallback):
         policy: CutPolicy | None = None,
         profiles: Sequence[Mapping[str, float]] = ({},),
         server_flops_per_second: float = float("inf"),
-        optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer] | None = None,
+        optimizer: Callable[[Iterable[Tensor]], Optimizer] | None = None,
         keep_optimizer: bool = True,
         alignment: Alignment | None = None,
         clip: float | None = None,
@@ -185,7 +186,7 @@ class SplitServer(FederatedCallback):
 
     @override
     def global_state(self, loop: FederatedLoop) -> State:
-        """Return the initial tensors of parts that no client trains: where all else is shared, they complete a global model."""
+        """Return the initial tensors of parts that no client trains; where all else is shared, the model is whole."""
         module = loop.module
         assert isinstance(module, SplitModule)
         held = module.parts(module.cut_at(module.start))
@@ -195,11 +196,13 @@ class SplitServer(FederatedCallback):
     @override
     def results(self, loop: FederatedLoop) -> dict[str, Any]:
         """Return the recorded cuts and the account of bytes and simulated time, for ``results.json``."""
+        module = loop.module
+        assert isinstance(module, SplitModule)
         return {
             "split": {
-                "start": loop.module.start,
-                "end": loop.module.end,
-                "blocks": list(loop.module.blocks),
+                "start": module.start,
+                "end": module.end,
+                "blocks": list(module.blocks),
                 "cuts": {client.name: self.cuts[client.id].at for client in loop.clients},
                 "schedule": self.schedule,
                 "bytes": self.traffic.numbers(),

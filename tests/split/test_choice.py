@@ -1,0 +1,137 @@
+"""Model and client profiles, cut policies and the latency model, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fl_lightning.models import lenet5
+from fl_lightning.split.blocks import chain
+from fl_lightning.split.cut import Cut
+from fl_lightning.split.latency import BatchSeconds, LatencyModel, asynchronous_seconds, batch_bytes, sequential_seconds
+from fl_lightning.split.policy import BudgetCuts, CheapestCuts, FixedCuts
+from fl_lightning.split.profile import BlockProfile, ClientProfile, ModelProfile, profile_model
+
+# Four blocks of 10, 20, 30 and 40 FLOPs whose outputs take 8, 4, 2 and 1 bytes, and a head of 5 FLOPs.
+MODEL = ModelProfile(
+    tuple(BlockProfile(f"b{i}", 10 * (i + 1), 8 >> i, saved_bytes=100, param_bytes=1000 * (i + 1)) for i in range(4)),
+    BlockProfile("head", 5, 1, saved_bytes=0, param_bytes=500),
+)
+
+
+def test_profile_of_lenet_is_what_the_formulas_say() -> None:
+    model = lenet5(num_classes=10)
+    profile = profile_model(chain(model.backbone), model.head, torch.zeros(1, 3, 32, 32))
+    flops = [2 * 28 * 28 * 6 * 3 * 25, 2 * 10 * 10 * 16 * 6 * 25, 2 * 400 * 120, 2 * 120 * 84]
+    assert [block.flops for block in profile.blocks] == flops
+    assert profile.head.flops == 2 * 84 * 10
+    assert [block.out_bytes for block in profile.blocks] == [4 * n for n in (6 * 14 * 14, 16 * 5 * 5, 120, 84)]
+    assert sum(block.param_bytes for block in profile.blocks) + profile.head.param_bytes == 4 * 62_006
+    assert all(block.saved_bytes >= block.out_bytes for block in profile.blocks)
+
+
+def test_attention_is_counted() -> None:
+    attention = nn.MultiheadAttention(8, 1, batch_first=True, bias=False)
+
+    class SelfAttention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = attention
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    profile = profile_model({"attention": SelfAttention()}, nn.Identity(), torch.zeros(1, 5, 8))
+    projections, scores_and_values = 4 * 2 * 5 * 8 * 8, 2 * 2 * 5 * 5 * 8
+    assert profile.blocks[0].flops == projections + scores_and_values
+
+
+def test_profiling_leaves_modes_and_statistics_alone() -> None:
+    block = nn.BatchNorm1d(3).train()
+    profile_model({"norm": block}, nn.Linear(3, 2), torch.randn(1, 3))
+    assert block.training
+    assert block.num_batches_tracked == 0
+
+
+def test_latency_by_hand() -> None:
+    client = ClientProfile(flops_per_second=10, memory=1e9, up=2, down=4)
+    latency = LatencyModel(MODEL, batch_size=2, server_flops_per_second=100)
+    batch = latency.batch(Cut(1, 2, 3), client)
+    # front 30 FLOPs, tail 40 + 5, body 30, at twice: a batch of two; 4 bytes cross the cut and 2 the end, per example
+    assert batch.front == 60 / 10 + 8 / 2
+    assert batch.body_forward == 60 / 100
+    assert batch.tail == 4 / 4 + 3 * 90 / 10 + 4 / 2
+    assert batch.body_backward == 120 / 100
+    assert batch.front_backward == 8 / 4 + 2 * 60 / 10
+    assert batch.total == pytest.approx(3 * (60 + 90) / 10 + 3 * 60 / 100 + (8 + 4) / 2 + (8 + 4) / 4)
+    aligned = LatencyModel(MODEL, 2, 100, align_at="server").batch(Cut(1, 2, 3), client)
+    assert aligned.total - batch.total == pytest.approx(16 / 2 + 40 / 100)  # the base goes up, its copy is computed
+    assert batch_bytes(Cut(1, 2, 3), MODEL, 2, "client").down == 8 + 4 + 8
+
+
+def test_waiting_for_the_server() -> None:
+    batch = BatchSeconds(front=1, body_forward=4, tail=1, body_backward=2, front_backward=1)
+    assert sequential_seconds([[batch, batch], [batch]]) == 3 * 9
+    assert asynchronous_seconds([[batch, batch]]) == 2 * 9
+    # Both arrive at 1; the first is served until 5, the second until 9. The first's gradient comes at 6 and waits until
+    # 9, is served until 11 and ends at 12; the second's comes at 10, waits until 11, is served until 13, ends at 14.
+    assert asynchronous_seconds([[batch], [batch]]) == 14
+    free = BatchSeconds(front=1, body_forward=0, tail=2, body_backward=0, front_backward=3)
+    assert asynchronous_seconds([[free], [free, free], []]) == 12
+    assert asynchronous_seconds([]) == 0
+
+
+def test_fixed_cuts() -> None:
+    latency = LatencyModel(MODEL, 1)
+    client = ClientProfile()
+    assert [FixedCuts([1, 2]).choose(i, client, latency, 1, 3).at for i in range(3)] == [1, 2, 1]
+    assert [FixedCuts().choose(i, client, latency, 1, 4).at for i in range(4)] == [1, 2, 3, 1]
+    with pytest.raises(ValueError, match="1 <= start <= cut < end <= 4, .* got start 1, cut 3, end 3"):
+        FixedCuts([3]).choose(0, client, latency, 1, 3)
+    with pytest.raises(ValueError, match="at least one cut"):
+        FixedCuts([])
+
+
+def test_budget_takes_the_latest_cut_that_fits_memory_and_time() -> None:
+    latency = LatencyModel(MODEL, batch_size=2)
+    # memory at cut s, end 4: 2 * (sum of parameters + head) + 2 * (activations)
+    needs = {at: MODEL.client_memory(at, 4, 2, 0) for at in (1, 2, 3)}
+    assert needs[1] == 2 * (1000 + 500) + 2 * (100 + 8 + 1)
+    for at in (1, 2, 3):
+        exactly = ClientProfile(memory=needs[at])
+        assert BudgetCuts().choose(0, exactly, latency, 1, 4).at == at
+        less = ClientProfile(memory=needs[at] - 1)
+        if at > 1:
+            assert BudgetCuts().choose(0, less, latency, 1, 4).at == at - 1
+        else:
+            with pytest.raises(
+                ValueError, match=r"client 7 cannot even hold the cut 1: it would need 3218 of 3217 bytes"
+            ):
+                BudgetCuts().choose(7, less, latency, 1, 4)
+    # a batch of 2 at cut 2 costs 3 * 2 * (10 + 20 + 5) FLOPs
+    assert BudgetCuts(seconds=21).choose(0, ClientProfile(flops_per_second=10), latency, 1, 4).at == 2
+    assert BudgetCuts(seconds=20.9).choose(0, ClientProfile(flops_per_second=10), latency, 1, 4).at == 1
+
+
+def test_cheapest_follows_its_weights() -> None:
+    latency = LatencyModel(MODEL, batch_size=1, server_flops_per_second=1000)
+    slow, fast = ClientProfile(flops_per_second=10), ClientProfile(flops_per_second=1e6)
+    assert CheapestCuts(accuracy=1, time=0).choose(0, slow, latency, 1, 4).at == 3
+    assert CheapestCuts(accuracy=0, time=1).choose(0, slow, latency, 1, 4).at == 1
+    assert CheapestCuts(accuracy=0, time=1).choose(0, fast, latency, 1, 4).at == 3
+    for accuracy in (0.0, 5.0, 50.0):
+        prices = {at: accuracy * (4 - at) / 3 + latency.batch(Cut(1, at, 4), slow).total for at in (1, 2, 3)}
+        chosen = CheapestCuts(accuracy=accuracy, time=1.0).choose(0, slow, latency, 1, 4)
+        assert chosen.at == min(prices, key=prices.get)
+
+
+def test_profiles_are_checked() -> None:
+    assert ClientProfile.of({"up": 3}).up == 3
+    assert math.isinf(ClientProfile().memory)
+    with pytest.raises(ValueError, match="client profile has no speed; it has flops_per_second, memory, up, down"):
+        ClientProfile.of({"speed": 1})
+    with pytest.raises(ValueError, match="`up` of a client profile must be a number above 0, got 0"):
+        ClientProfile(up=0)
