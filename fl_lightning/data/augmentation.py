@@ -45,11 +45,15 @@ class RandomCrop(PerImageTransform):
         self.padding = padding
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        num_images, _, height, width = images.shape
-        shifts = torch.randint(0, 2 * self.padding + 1, (2, num_images), generator=generator).to(images.device)
+        num_images, channels, height, width = images.shape
+        shifts = torch.randint(0, 2 * self.padding + 1, (2, num_images, 1, 1), generator=generator)
+        top, left = shifts.to(images.device)
         padded = F.pad(images, [self.padding] * 4)
-        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: (N, C, top, left, H, W)
-        return windows[torch.arange(num_images, device=images.device), :, shifts[0], shifts[1]]
+        # Where in memory each row of each window starts: copying rows is several times as fast as indexing pixels.
+        device = images.device
+        planes = torch.arange(num_images * channels, device=device).view(num_images, channels, 1) * padded.shape[2]
+        starts = (planes + top + torch.arange(height, device=device)) * padded.shape[3] + left
+        return padded.view(-1).unfold(0, width, 1).index_select(0, starts.view(-1)).view(images.shape)
 
 
 class RandomHorizontalFlip(PerImageTransform):
@@ -68,8 +72,9 @@ class RandomHorizontalFlip(PerImageTransform):
         self.probability = probability
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        flip = (torch.rand(len(images), generator=generator) < self.probability).to(images.device)
-        return torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)
+        flip = (torch.rand(len(images), generator=generator) < self.probability).long()
+        chosen = torch.arange(len(images)) + len(images) * flip
+        return torch.cat([images, images.flip(3)]).index_select(0, chosen.to(images.device))
 
 
 #: One of our own transforms, or a torchvision v2 transform (or anything else from uint8 images to images).

@@ -13,8 +13,9 @@ from fl_lightning.data.augmentation import is_per_image
 from fl_lightning.data.batches import Batch, Batches
 from fl_lightning.data.image_pool import ImagePool
 
-#: Bytes of float images prepared at once: many batches of small images, and little beside the model.
-BLOCK_BYTES = 16 * 2**20
+#: Bytes of float images prepared at once. Many batches of small images, yet few enough that they stay in a CPU's cache:
+#: with 16 MiB a batch of 32 CIFAR images took 0.28 ms, with 2 MiB 0.12 ms (one core).
+BLOCK_BYTES = 2 * 2**20
 
 
 class IndexBatches(Batches[ImagePool]):
