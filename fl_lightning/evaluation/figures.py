@@ -224,9 +224,10 @@ def draw_epochs(curves: Mapping[str, Curve], title: str = "", label: str = "accu
 def draw_drop_against_distortion(
     points: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str = ""
 ) -> Figure:
-    """Whether models whose features moved further have forgotten more, in the manner of Figure 3a of Chen et al.
+    """Whether models whose features moved further have forgotten more, in the manner of Figure 3a of Chen et al.,
+    https://arxiv.org/abs/2511.12695.
 
-    https://arxiv.org/abs/2511.12695. Args:
+    Args:
         points: By strategy: feature distortions, and drops of global accuracy below the un-tuned model's (in
             percentage points, positive is worse); a point per epoch, run or client.
         title: What the points are.
