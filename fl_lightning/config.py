@@ -29,6 +29,7 @@ class TrainConfig:
 
     seed: int = MISSING
     resume: Optional[str] = None  # noqa: UP045 - omegaconf reads this annotation at run time, on Python 3.10 too
+    init_from: Optional[str] = None  # noqa: UP045
     method: dict[str, Any] = field(default_factory=dict)
     data: Any = MISSING
     model: Any = MISSING
@@ -44,6 +45,7 @@ class TrainConfig:
     loop: Any = MISSING
     evaluation: Any = MISSING
     checkpoint: Any = MISSING
+    dashboard: Any = None
     callbacks: dict[str, Any] = field(default_factory=dict)
     logger: Any = None
     progress: Any = None

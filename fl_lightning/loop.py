@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning.pytorch import Callback
@@ -87,10 +88,9 @@ class FederatedLoop:
         self.local = local
         self.aggregator = aggregator
         self.executor = executor
-        self.callbacks = dict(callbacks or {})
-        for name, callback in self.callbacks.items():
-            if isinstance(callback, FederatedCallback):
-                callback.name = name
+        self.callbacks: dict[str, Callback] = {}
+        for name, callback in (callbacks or {}).items():
+            self.add_callback(name, callback)
         self.checkpoint = checkpoint
         self.logger = logger
         self.table = table
@@ -109,6 +109,19 @@ class FederatedLoop:
         self.bytes_down = 0
         self.seconds = 0.0
         self._metrics: dict[str, float] = {}
+        self._executor_is_up = False
+
+    def add_callback(self, name: str, callback: Callback) -> None:
+        """Add a plug-in behind those that are there.
+
+        Raises:
+            ValueError: If the name is taken.
+        """
+        if name in self.callbacks:
+            raise ValueError(f"there are two callbacks named {name!r}; give one another name")
+        if isinstance(callback, FederatedCallback):
+            callback.name = name
+        self.callbacks[name] = callback
 
     @property
     def federated_callbacks(self) -> list[FederatedCallback]:
@@ -142,8 +155,7 @@ class FederatedLoop:
         self.state = {name: self.local.initial[name] for name in self.sharing.names(module)}
         if resume is not None:
             self.load_state_dict(resume)
-        try:
-            self.executor.setup(self.local, self.clients)
+        with self._running_executor():
             for callback in self.federated_callbacks:
                 callback.on_federation_start(self)
             while self.round < self.rounds and not self.should_stop:
@@ -151,9 +163,48 @@ class FederatedLoop:
             if not self.should_stop:
                 for callback in self.federated_callbacks:
                     callback.on_federation_end(self)
-        finally:
-            self.executor.close()
         return self.state
+
+    @contextmanager
+    def _running_executor(self) -> Iterator[None]:
+        if self._executor_is_up:
+            yield
+            return
+        self._executor_is_up = True
+        try:
+            self.executor.setup(self.local, [*self.clients, *self.unseen])
+            yield
+        finally:
+            self._executor_is_up = False
+            self.executor.close()
+
+    def run_stage(self, name: str, clients: Sequence[Client]) -> dict[int, State]:
+        """Let clients train outside the rounds, on what the server holds now. Nothing is sent back, nothing is merged.
+
+        Args:
+            name: The callback whose :meth:`~fl_lightning.callback.FederatedCallback.stage` it is.
+            clients: Who trains; those that never took part start from the global model, where there is one.
+
+        Returns:
+            All tensors of each client's model afterwards, by client id.
+        """
+        complete = self.global_state() or {}
+        newcomers = {client.id for client in self.unseen}
+
+        def tasks() -> Iterator[tuple[Client, Broadcast]]:
+            for client in clients:
+                state = self._shared_state(client)
+                if client.id in newcomers:
+                    state = {**state, **complete}
+                yield client, Broadcast(self.round, state, stage=name)
+
+        models: dict[int, State] = {}
+        with self._running_executor():
+            for outcome in self.executor.run(tasks()):
+                if outcome.fit is None:
+                    raise RuntimeError(f"{name}, client {outcome.client.name}: {outcome.error}") from outcome.error
+                models[outcome.client.id] = outcome.fit.personal
+        return models
 
     def _run_round(self) -> None:
         start = time.monotonic()
@@ -247,12 +298,14 @@ class FederatedLoop:
 
     def broadcast(self, client: Client) -> Broadcast:
         """Return what the server would send to a client now."""
-        names = self.sharing.names(self.module, client)
-        state = self.aggregator.broadcast(self.state, client)
-        broadcast = Broadcast(self.round, {name: state[name] for name in names})
+        broadcast = Broadcast(self.round, self._shared_state(client))
         for callback in self.federated_callbacks:
             callback.on_broadcast(self, client, broadcast)
         return broadcast
+
+    def _shared_state(self, client: Client) -> State:
+        state = self.aggregator.broadcast(self.state, client)
+        return {name: state[name] for name in self.sharing.names(self.module, client)}
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Add numbers to the running round."""
@@ -262,21 +315,33 @@ class FederatedLoop:
         """Return all tensors of the global model, or None where the method has no meaningful one."""
         if self.kept_global is not None:
             return self.kept_global
-        state = dict(self.state)
+        state = {name: self.local.initial[name] for name in self.sharing.fixed_names(self.module)} | self.state
         for callback in self.federated_callbacks:
             state.update(callback.global_state(self))
-        return state if state.keys() == self.local.initial.keys() else None
+        names = self.module.global_names
+        return {name: state[name] for name in names} if state.keys() >= set(names) else None
 
     def personal_state(self, client: Client) -> State:
         """Return all tensors of a client's personal model: its own, and the shared ones as they are now."""
-        names = self.sharing.names(self.module, client)
-        state = self.aggregator.broadcast(self.state, client)
-        return self.local.client_state(client, {name: state[name] for name in names})
+        state = self.local.client_state(client, self._shared_state(client))
+        for callback in self.federated_callbacks:
+            if callback.personalizes(self, client):
+                state.update(callback.personal_state(self, client))
+        return state
+
+    def personalizes(self, client: Client) -> bool:
+        """Whether a callback has a model of its own making for a client."""
+        return any(callback.personalizes(self, client) for callback in self.federated_callbacks)
 
     @property
     def has_personal(self) -> bool:
         """Whether clients have models of their own."""
-        return self.module.has_personal_model or len(self.state) < len(self.local.initial)
+        known = len(self.state) + len(self.sharing.fixed_names(self.module))
+        return (
+            self.module.has_personal_model
+            or known < len(self.local.initial)
+            or any(self.personalizes(client) for client in self.clients)
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the rest of the run depends on: tensors and plain values only."""

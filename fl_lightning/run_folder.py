@@ -13,7 +13,7 @@ from fl_lightning.config import differences
 from fl_lightning.data.partition import Partition
 
 # What may differ when a run goes on: where it runs and what it shows change no result, and more rounds may follow.
-FREE_TO_CHANGE = ("resume", "executor", "progress", "paths", "loop.rounds", "checkpoint", "logger")
+FREE_TO_CHANGE = ("resume", "executor", "progress", "paths", "loop.rounds", "checkpoint", "logger", "dashboard")
 
 
 class RunFolder:
@@ -30,6 +30,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.csv"
         self.results = self.path / "results.json"
         self.global_model = self.path / "global_model.pt"
+        self.figures = self.path / "figures"
         self.checkpoints = self.path / "checkpoints"
 
     def start(self, config: Mapping[str, Any]) -> None:

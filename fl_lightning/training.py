@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from fl_lightning import atomic
-from fl_lightning.checkpoint import read_checkpoint
+from fl_lightning.checkpoint import read_checkpoint, read_global_model
 from fl_lightning.client import Client
 from fl_lightning.config import instantiate, instantiate_dict, plain
 from fl_lightning.data.federated_data import FederatedData
@@ -95,6 +95,20 @@ def assemble(config: Mapping[str, Any], run_folder: RunFolder) -> Federation:
     loop = build_loop(config, run_folder, resume)
     data: FederatedData = instantiate(config["data"], "data")
     module = build_module(config, data)
+    if config["init_from"] is not None:
+        module.start_from(read_global_model(config["init_from"], module.head_path))
+    if config["dashboard"] is not None:
+        loop.add_callback(
+            "dashboard",
+            instantiate(
+                config["dashboard"],
+                "dashboard",
+                folder=run_folder.figures,
+                evaluation=loop.callbacks["evaluation"],
+                class_names=data.class_names,
+                text=OmegaConf.to_yaml(config),
+            ),
+        )
     if config["resume"] is None:
         run_folder.start(config)
     run_folder.keep_partition(data.partition)
@@ -186,7 +200,8 @@ def finish(loop: FederatedLoop, run_folder: RunFolder, config: Mapping[str, Any]
         atomic.save(run_folder.global_model, export_state_dict(state, loop.module.head_path))
 
     def summaries(views: Mapping[str, Scores]) -> dict[str, dict[str, float] | None]:
-        people = {"global": loop.clients, "personal": loop.clients, "unseen": loop.unseen}
+        newcomers = [client for client in loop.unseen if loop.personalizes(client)]
+        people = {"global": loop.clients, "personal": loop.clients, "unseen": loop.unseen, "unseen_personal": newcomers}
         return {
             view: evaluation.summary(views[view], people[view], "test") if view in views else None for view in people
         }
@@ -212,6 +227,9 @@ def finish(loop: FederatedLoop, run_folder: RunFolder, config: Mapping[str, Any]
             "kept": "best by validation" if evaluation.best is not None else "last: no validation data",
             "best_round": best_round,
             "last": summaries(last),
+            "unseen_personal": summary["unseen_personal"],
+            # What a stage after the rounds begins with: the kept round as it was scored within them.
+            "in_round": {k: v for row in loop.history[best_round:][:1] for k, v in row.items() if k.startswith("test/")},
             "data": config["data"],
             "partition_hash": loop_partition_hash(run_folder),
             **{key: v for callback in loop.federated_callbacks for key, v in callback.results(loop).items()},

@@ -46,6 +46,7 @@ def config(tiny_root: Path, *overrides: str, name: str = "train") -> dict[str, A
                 "~model",
                 "+model._target_=tests.federations.tiny_model",
                 "logger=none",
+                "dashboard=null",
                 "loop.rounds=2",
                 *overrides,
             ],
@@ -77,8 +78,7 @@ class Recorder(FederatedCallback):
 def add_recorder(run: Federation, stop_after: int | None = None) -> Recorder:
     """Put a recorder into a federation that is not yet running."""
     recorder = Recorder(stop_after)
-    recorder.name = "recorder"
-    run.loop.callbacks["recorder"] = recorder
+    run.loop.add_callback("recorder", recorder)
     return recorder
 
 

@@ -1,0 +1,127 @@
+"""What a run looks like: its pictures, in TensorBoard and as PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from typing_extensions import override
+
+from fl_lightning.callback import FederatedCallback
+from fl_lightning.state import load
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from fl_lightning.evaluation.federated_evaluation import FederatedEvaluation
+    from fl_lightning.loop import FederatedLoop
+
+
+class Dashboard(FederatedCallback):
+    """Draws who holds which classes, how every client fares over the rounds, and which classes are confused.
+
+    PNG files always; a TensorBoard logger also gets the pictures, the clients' scores as histograms over rounds, and the
+    configuration as text.
+
+    Args:
+        folder: Where PNG files go.
+        evaluation: What scores the clients; it runs before this callback.
+        class_names: The names of the classes.
+        every: Rounds between two heat maps, at least 1; the last round always gets one.
+        text: The resolved configuration, shown under TensorBoard's text tab.
+
+    Raises:
+        ValueError: If ``every`` is below 1.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        evaluation: FederatedEvaluation,
+        class_names: Sequence[str],
+        every: int = 10,
+        text: str = "",
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"dashboard.every must be at least 1, got {every}")
+        self.folder = Path(folder)
+        self.evaluation = evaluation
+        self.class_names = list(class_names)
+        self.every = every
+        self.text = text
+
+    @override
+    def on_federation_start(self, loop: FederatedLoop) -> None:
+        if loop.round:
+            return
+        from fl_lightning.evaluation.figures import draw_partition  # matplotlib takes half a second to import
+
+        people = [*loop.clients, *loop.unseen]
+        counts = torch.stack([client.data.label_counts("train") for client in people])
+        self._show(loop, "partition", draw_partition(counts.numpy(), [c.name for c in people], self.class_names), 0)
+        writer = self._writer(loop)
+        if writer is not None and self.text:
+            writer.add_text("configuration", "\n".join(f"    {line}" for line in self.text.splitlines()), 0)
+
+    @override
+    def on_round_end(self, loop: FederatedLoop) -> None:
+        writer = self._writer(loop)
+        for row in self.evaluation.client_history:
+            if writer is not None and row["round"] == loop.round:
+                writer.add_histogram(f"clients/{row['view']}", torch.tensor(row["values"]), loop.round)
+        last = loop.round + 1 == loop.rounds
+        if last or (loop.round + 1) % self.every == 0:
+            self._draw_rounds(loop)
+
+    @override
+    def on_federation_end(self, loop: FederatedLoop) -> None:
+        from fl_lightning.evaluation.figures import draw_confusion
+
+        state = loop.global_state()
+        if state is not None:
+            loop.module.to(loop.local.device)
+            load(loop.module, state)
+            counts = sum(self._confusion(loop, client, loop.module) for client in loop.clients)
+            name = "confusion/global"
+        else:
+            counts = torch.zeros(1)
+            for client in loop.clients:
+                loop.module.to(loop.local.device)
+                load(loop.module, loop.personal_state(client))
+                counts = counts + self._confusion(loop, client, loop.module.personal_forward)
+            name = "confusion/personal"
+        assert isinstance(counts, Tensor)
+        self._show(loop, name, draw_confusion(counts.numpy(), self.class_names), loop.round - 1)
+
+    def _draw_rounds(self, loop: FederatedLoop) -> None:
+        from fl_lightning.evaluation.figures import draw_client_rounds
+
+        history = self.evaluation.client_history
+        for view in dict.fromkeys(row["view"] for row in history):
+            rows = [row for row in history if row["view"] == view]
+            values = torch.tensor([row["values"] for row in rows])
+            names = [client.name for client in loop.clients]
+            figure = draw_client_rounds(values.numpy(), [row["round"] for row in rows], names)
+            self._show(loop, f"clients_over_rounds/{view}", figure, loop.round)
+
+    def _confusion(self, loop: FederatedLoop, client: Any, forward: Callable[[Tensor], Tensor]) -> Tensor:
+        from fl_lightning.evaluation.predict import predict
+
+        size = client.data.num_classes
+        logits, targets = predict(forward, client.data.test_dataloader())
+        return torch.bincount((targets * size + logits.argmax(1)).cpu(), minlength=size * size).reshape(size, size)
+
+    def _writer(self, loop: FederatedLoop) -> Any:
+        return loop.logger.experiment if isinstance(loop.logger, TensorBoardLogger) else None
+
+    def _show(self, loop: FederatedLoop, name: str, figure: Figure, step: int) -> None:
+        from fl_lightning.evaluation.figures import save_png, to_array
+
+        save_png(figure, self.folder / f"{name.replace('/', '_')}.png")
+        writer = self._writer(loop)
+        if writer is not None:
+            writer.add_image(name, to_array(figure), step, dataformats="HWC")
