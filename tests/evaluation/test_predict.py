@@ -214,3 +214,28 @@ def test_the_training_split_is_asked_for_in_order_and_not_augmented(datas: list[
     model = CountedForwards()
     found = score_clients(model, [TrainData(1, 10)], split="train")
     assert found.by_client == score_clients(model, [FakeData(1, 10)]).by_client
+
+
+def test_looking_at_the_training_loss_changes_no_training() -> None:
+    """With the real client data: the order of the next epoch stays what it was."""
+    from fl_lightning.data import Digits
+
+    clients = Digits(seed=0).clients[:2]
+
+    def epoch() -> Tensor:
+        return torch.cat([y for _, y in clients[0].train_dataloader()])
+
+    clients[0].seed(3)
+    first, second = epoch(), epoch()
+    assert not torch.equal(first, second)
+    clients[0].seed(3)
+    epoch()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+    scores = score_clients(model, clients, "train")
+    assert torch.equal(epoch(), second)
+    for client, found in zip(clients, scores.by_client, strict=True):
+        logits, targets = predict(model, client.eval_dataloader("train"))
+        assert len(targets) == client.num_train
+        assert torch.equal(targets, client.examples("train")[1])
+        assert found["accuracy"] == pytest.approx(accuracy_score(targets, logits.argmax(1)))
