@@ -1,0 +1,93 @@
+"""Kills a run with SIGKILL at random moments, resumes it, and compares the bits with those of an uninterrupted run.
+
+``python -m tests.stress_kill --kills 30 --method scaffold`` does it from a shell. Children are forked, so that a kill
+costs no import.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from fl_lightning.checkpoint import read_checkpoint
+from tests.federations import assert_same, federation
+
+
+def run_child(tiny_root: Path, folder: Path, overrides: list[str]) -> int:
+    """Fork a child that starts the run, or goes on with it if its folder is there; return its process id."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        resume = [f"resume='{folder}'"] if (folder / "config.yaml").exists() else []
+        federation(tiny_root, folder, *overrides, *resume).fit()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def stress(tiny_root: Path, folder: Path, overrides: list[str], kills: int, seed: int = 0) -> int:
+    """Run once without and once with kills and compare.
+
+    Args:
+        tiny_root: The data.
+        folder: Where the two runs go.
+        overrides: What the run is.
+        kills: How many times to kill at most.
+        seed: Of the moments.
+
+    Returns:
+        How many kills hit a running child.
+
+    Raises:
+        AssertionError: If the results differ.
+    """
+    torch.set_num_threads(1)
+    start = time.monotonic()
+    assert os.waitstatus_to_exitcode(os.waitpid(run_child(tiny_root, folder / "whole", overrides), 0)[1]) == 0
+    duration = time.monotonic() - start
+    moments = random.Random(seed)
+    hits = 0
+    while True:
+        child = run_child(tiny_root, folder / "killed", overrides)
+        if hits < kills:
+            # Early moments come often: starting up and writing the first files are the delicate parts.
+            time.sleep(duration * moments.random() ** 2)
+            os.kill(child, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL, f"the resumed run failed with {code}"
+        hits += 1
+    whole, killed = (read_checkpoint(folder / name / "checkpoints" / "last.pt") for name in ("whole", "killed"))
+    for content in (whole, killed):
+        content.pop("seconds")
+        for row in content["history"]:
+            for key in [key for key in row if key.startswith("time/")]:
+                row.pop(key)
+    assert_same(whole, killed)
+    rows = [(folder / name / "metrics.csv").read_text().count("\n") for name in ("whole", "killed")]
+    assert rows[0] == rows[1], f"metrics.csv has {rows[1]} lines instead of {rows[0]}"
+    return hits
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--root", type=Path, required=True, help="a folder of .npz clients")
+    parser.add_argument("overrides", nargs="*", default=["method=scaffold", "loop.rounds=12"])
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        print(stress(options.root, Path(folder), options.overrides, options.kills, options.seed), "kills, equal bits")
+    sys.exit(0)
