@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, Trainer
 
 if TYPE_CHECKING:
     from fl_lightning.client import Broadcast, Client, Update
+    from fl_lightning.local import LocalTraining
     from fl_lightning.loop import FederatedLoop
     from fl_lightning.module import FederatedModule
     from fl_lightning.state import State
@@ -79,6 +80,22 @@ class FederatedCallback(Callback):
 
     def on_federation_end(self, loop: FederatedLoop) -> None:
         """Called once after the last round."""
+
+    def stage(self, local: LocalTraining) -> LocalTraining | None:
+        """Return a training of its own, outside the rounds, which :meth:`FederatedLoop.run_stage` runs where fits run.
+
+        Args:
+            local: The training of the rounds.
+        """
+        return None
+
+    def personalizes(self, loop: FederatedLoop, client: Client) -> bool:
+        """Tell whether :meth:`personal_state` now has something for a client."""
+        return False
+
+    def personal_state(self, loop: FederatedLoop, client: Client) -> State:
+        """Return tensors to put into a client's personal model before it is scored."""
+        return {}
 
     def global_state(self, loop: FederatedLoop) -> State:
         """Return tensors that complete the global model where the shared part alone does not (a global head)."""

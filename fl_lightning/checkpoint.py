@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fl_lightning import atomic
+from fl_lightning.models.export import import_state_dict
+from fl_lightning.state import State
 
 if TYPE_CHECKING:
     from fl_lightning.loop import FederatedLoop
@@ -61,6 +63,25 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, Mapping) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of a federation (expected the format {FORMAT!r})")
     return dict(content)
+
+
+def read_global_model(path: str | Path, head_path: str) -> State:
+    """Read the global model that a run left behind, under the names ``backbone.*`` and ``head.*``.
+
+    Args:
+        path: A run folder, or a file like its ``global_model.pt``: the state dict of a plain model.
+        head_path: Module path of the head in the plain model.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, or is no state dict of such a model.
+    """
+    path = Path(path)
+    file = path / "global_model.pt" if path.is_dir() else path
+    content = read_tensors(file)
+    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise ValueError(f"{file} is not the state dict of a model; give a run folder, or its global_model.pt")
+    return import_state_dict(dict(content), head_path)
 
 
 def read_tensors(path: str | Path) -> Any:

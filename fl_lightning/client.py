@@ -49,12 +49,15 @@ class Broadcast:
         state: Tensors of the model, by name.
         extra: What a method sends beside them (the server's control variate).
         train: Whether the client trains on it, or only takes it in.
+        stage: Name of the callback whose own training this is for (see :meth:`FederatedCallback.stage`); empty in a
+            round.
     """
 
     round: int
     state: State
     extra: State = field(default_factory=dict)
     train: bool = True
+    stage: str = ""
 
     @property
     def num_bytes(self) -> int:

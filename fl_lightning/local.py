@@ -59,6 +59,8 @@ class LocalTraining:
     def __init__(self, trainer: Callable[..., Trainer], validate: bool = False) -> None:
         self.trainer = trainer
         self.validate = validate
+        self.stage = ""
+        self.stages: dict[str, LocalTraining] = {}
 
     def setup(
         self, module: FederatedModule, sharing: Sharing, callbacks: Sequence[Callback], seed: int
@@ -91,6 +93,10 @@ class LocalTraining:
         self.device = trainer.strategy.root_device
         for callback in self.federated_callbacks:
             callback.check(module, trainer)
+            if (stage := callback.stage(self)) is not None:
+                stage.stage = callback.name
+                stage.setup(module, Sharing(shared=()), stage.callbacks, derive_seed(seed, "stage", callback.name))
+                self.stages[callback.name] = stage
 
     @property
     def federated_callbacks(self) -> list[FederatedCallback]:
@@ -110,8 +116,15 @@ class LocalTraining:
 
         Returns:
             The update, and what the client keeps.
+
+        Raises:
+            ValueError: If the message does not hold the shared tensors, or the fit changed a tensor declared as fixed.
         """
+        if broadcast.stage:
+            whole = replace(client, personal=self.client_state(client, broadcast.state))
+            return self.stages[broadcast.stage].fit(whole, Broadcast(broadcast.round, {}))
         module = self.module
+        module.stage = self.stage
         client = replace(client, memory=dict(client.memory))
         shared = self.sharing.names(module, client)
         if set(shared) != set(broadcast.state):
@@ -134,8 +147,12 @@ class LocalTraining:
         update = Update(client.id, client.num_examples, snapshot(own, shared), metrics=metrics)
         for callback in self.federated_callbacks:
             callback.on_client_end(client, module, update)
-        sent = set(shared)
-        return Fit(update, snapshot(own, [name for name in own if name not in sent]), client.memory)
+        fixed = self.sharing.fixed_names(module)
+        for name in fixed:
+            if not torch.equal(own[name].to("cpu"), self.initial[name]):
+                raise ValueError(f"{name} is declared as sharing.fixed, but the fit changed it; freeze it")
+        elsewhere = fixed.union(shared)
+        return Fit(update, snapshot(own, [name for name in own if name not in elsewhere]), client.memory)
 
     def _train(self, module: FederatedModule, client: Client) -> dict[str, float]:
         callbacks = [

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fl_lightning.models.model import Model
+from fl_lightning.state import State, difference, load
 
 Batch = tuple[Tensor, Tensor]
 
@@ -45,6 +46,7 @@ class FederatedModule(LightningModule):
         self.scheduler = scheduler
         self.label_smoothing = label_smoothing
         self.lr_factor = 1.0
+        self.stage = ""
         self.log_to_callbacks = False
         self.step_losses: list[Tensor] = []
         self.loss_transforms: list[Callable[[Tensor], Tensor]] = []
@@ -60,6 +62,25 @@ class FederatedModule(LightningModule):
     def personal_forward(self, x: Tensor) -> Tensor:
         """Return the logits of the personal model; the same as :meth:`forward` unless a method has a second model."""
         return self(x)
+
+    @property
+    def global_names(self) -> list[str]:
+        """Names of the tensors that :meth:`forward` uses: a second model is no part of the global one."""
+        return [name for name in self.state_dict() if name.startswith(("backbone.", "head."))]
+
+    def start_from(self, state: State) -> None:
+        """Take the tensors of a global model as initial values.
+
+        Args:
+            state: All tensors named by :attr:`global_names`.
+
+        Raises:
+            ValueError: If names or shapes differ.
+        """
+        own = {name: self.state_dict()[name] for name in self.global_names}
+        if words := difference(state, own):
+            raise ValueError(f"the weights to start from are another model's: {words}")
+        load(self, {**self.state_dict(), **state})
 
     @property
     def has_personal_model(self) -> bool:

@@ -19,8 +19,8 @@ Buffers = Literal["average", "local", "reset"]
 class Sharing:
     """Splits the tensors of a model, parameters and buffers alike, into shared and personal ones.
 
-    Every tensor is one or the other and none is both. Only shared tensors are ever put into a message, so a personal
-    tensor cannot leak and bytes are counted right by construction.
+    Every tensor is one or the other and none is both, but for those that nobody trains. Only shared tensors are ever
+    put into a message, so a personal tensor cannot leak and bytes are counted right by construction.
 
     Args:
         shared: Shell patterns of what is shared; all by default. Empty shares nothing: every client trains alone.
@@ -30,6 +30,8 @@ class Sharing:
         buffers: What becomes of BatchNorm's running statistics. ``average``: exchanged and averaged like weights.
             ``local``: they stay at the client. ``reset``: exchanged, but every fit starts from fresh ones, so what is
             averaged was gathered in this round alone.
+        fixed: Shell patterns of what nobody trains, taken out of both: it is the same everywhere from the start, and
+            never travels. A fit that changes such a tensor is an error; freeze it.
 
     Raises:
         ValueError: If ``buffers`` is none of the three.
@@ -41,11 +43,13 @@ class Sharing:
         personal: Sequence[str] = (),
         personal_batch_norm: bool = False,
         buffers: Buffers = "average",
+        fixed: Sequence[str] = (),
     ) -> None:
         if buffers not in get_args(Buffers):
             raise ValueError(f"sharing.buffers must be one of {', '.join(get_args(Buffers))}, got {buffers!r}")
         self.shared = tuple(shared)
         self.personal = tuple(personal)
+        self.fixed = tuple(fixed)
         self.personal_batch_norm = personal_batch_norm
         self.buffers = buffers
         self._names: dict[int, list[str]] = {}
@@ -66,6 +70,7 @@ class Sharing:
         if key not in self._names:
             names = list(module.state_dict())
             kept = set(match(names, self.personal)) if self.personal else set()
+            kept |= self.fixed_names(module)
             if self.personal_batch_norm:
                 kept |= _batch_norm_names(module, buffers_only=False)
             if self.buffers == "local":
@@ -73,6 +78,10 @@ class Sharing:
             shared = match(names, self.shared) if self.shared else []
             self._names = {key: [name for name in shared if name not in kept]}
         return self._names[key]
+
+    def fixed_names(self, module: nn.Module) -> set[str]:
+        """Return the names of the tensors that nobody trains."""
+        return set(match(module.state_dict(), self.fixed)) if self.fixed else set()
 
     def prepare(self, module: nn.Module) -> None:
         """Make a freshly loaded module ready for a fit, as the buffer policy says."""

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 class FederatedEvaluation(FederatedCallback):
     """Scores the global model on every client, the clients' personal models on their own data, and the global model on
     clients that never took part. The names never mix: ``<split>/global/...``, ``<split>/personal/...``,
-    ``test/unseen/...``.
+    ``test/unseen/...``, and ``test/unseen_personal/...`` where a method personalizes even for those.
 
     The model to keep is the one with the best mean validation score: the global model's, or the personal models' where
     a method has no global one. Test scores are logged but choose nothing. Where no client has validation data, the
@@ -80,14 +80,14 @@ class FederatedEvaluation(FederatedCallback):
         value = math.nan
         for split in SPLITS:
             for view, scores in self.evaluate(loop, split).items():
-                clients = loop.unseen if view == "unseen" else loop.clients
+                clients = loop.unseen if view.startswith("unseen") else loop.clients
                 summary = self.summary(scores, clients, split)
                 loop.log({f"{split}/{view}/{key}": number for key, number in summary.items()})
                 if self.metric != "loss" and "loss" in scores.by_client[0]:
                     loop.log({f"{split}/{view}/loss": scores.pooled["loss"]})
-                if split == "val" and (view == "global" or math.isnan(value)) and view != "unseen":
+                if split == "val" and (view == "global" or math.isnan(value)) and not view.startswith("unseen"):
                     value = summary["mean"]
-                if split == "test" and view != "unseen":
+                if split == "test" and not view.startswith("unseen"):
                     # torch.save(weights_only) takes plain floats; one row per evaluation, for the heat map.
                     self.client_history.append(
                         {"round": loop.round, "view": view, "values": scores.values(self.metric)}
@@ -123,7 +123,7 @@ class FederatedEvaluation(FederatedCallback):
             split: ``val`` or ``test``.
 
         Returns:
-            Scores by view: ``global``, ``personal``, ``unseen``; those that do not apply are absent.
+            Scores by view: ``global``, ``personal``, ``unseen``, ``unseen_personal``; those that do not apply are absent.
         """
         views: dict[str, Scores] = {}
         if not any(getattr(client.data, f"num_{split}") for client in loop.clients):
@@ -138,12 +138,19 @@ class FederatedEvaluation(FederatedCallback):
             self._warned = True
             log.info("this method has no global model; only personal models are scored")
         if loop.has_personal:
-            rows = []
-            for client in loop.clients:
-                self._load(loop, loop.personal_state(client))
-                rows.append(self.score(loop, loop.module.personal_forward, [client], split))
-            views["personal"] = join(rows, [getattr(client.data, f"num_{split}") for client in loop.clients])
+            views["personal"] = self.score_personal(loop, loop.clients, split)
+        newcomers = [client for client in loop.unseen if loop.personalizes(client)]
+        if newcomers and split == "test":
+            views["unseen_personal"] = self.score_personal(loop, newcomers, split)
         return views
+
+    def score_personal(self, loop: FederatedLoop, clients: Sequence[Client], split: str) -> Scores:
+        """Score the personal model of each client on its own data."""
+        rows = []
+        for client in clients:
+            self._load(loop, loop.personal_state(client))
+            rows.append(self.score(loop, loop.module.personal_forward, [client], split))
+        return join(rows, [getattr(client.data, f"num_{split}") for client in clients])
 
     def score(
         self, loop: FederatedLoop, forward: Callable[[Tensor], Tensor], clients: Sequence[Client], split: str
@@ -166,7 +173,8 @@ class FederatedEvaluation(FederatedCallback):
 
     def _load(self, loop: FederatedLoop, state: State) -> None:
         loop.module.to(loop.local.device)
-        load(loop.module, state)
+        # The global model may lack what only a personal one uses (a second model).
+        load(loop.module, {**loop.local.initial, **state})
 
     @override
     def state_dict(self) -> dict[str, Any]:
