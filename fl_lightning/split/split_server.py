@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -93,13 +93,21 @@ class SplitServer(FederatedCallback):
         self._optimizers: dict[str, State] = {}
 
     @override
+    def check(self, module: FederatedModule, trainer: Trainer) -> None:
+        if not isinstance(module, SplitModule):
+            raise TypeError(
+                f"split training needs a SplitModule, got {type(module).__name__}; "
+                "set module._target_=fl_lightning.split.module.SplitModule"
+            )
+        if trainer.precision == "16-mixed":
+            raise ValueError("a server cannot unscale a client's gradients; set trainer.precision=bf16-mixed")
+
+    @override
     def on_federation_start(self, loop: FederatedLoop) -> None:
         module, sharing = loop.module, loop.sharing
-        if not isinstance(module, SplitModule) or not isinstance(sharing, SplitSharing):
-            raise TypeError(
-                "split training needs module._target_=fl_lightning.split.module.SplitModule and "
-                "sharing._target_=fl_lightning.split.sharing.SplitSharing"
-            )
+        assert isinstance(module, SplitModule)
+        if not isinstance(sharing, SplitSharing):
+            raise TypeError("split training needs sharing._target_=fl_lightning.split.sharing.SplitSharing")
         if not isinstance(loop.executor, SerialExecutor):
             raise ValueError("the server's body lies in this process; set executor=serial, or train over the network")
         x = next(iter(loop.clients[0].data.train_dataloader()))[0][:1].to("cpu")
@@ -153,11 +161,6 @@ class SplitServer(FederatedCallback):
         assert isinstance(module, SplitModule)
         self._exchange = InProcessExchange(self.body, self.cuts[client.id])
         module.connect(self._exchange)
-
-    @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.precision == "16-mixed":
-            raise ValueError("split training cannot scale the server's gradients; use trainer.precision=bf16-mixed")
 
     @override
     def on_client_end(self, client: Client, module: FederatedModule, update: Update) -> None:
