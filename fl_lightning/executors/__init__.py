@@ -1,6 +1,7 @@
 """Where client fits run."""
 
 from fl_lightning.executors.executor import Executor, Outcome
+from fl_lightning.executors.processes import ProcessExecutor
 from fl_lightning.executors.serial import SerialExecutor
 
-__all__ = ["Executor", "Outcome", "SerialExecutor"]
+__all__ = ["Executor", "Outcome", "ProcessExecutor", "SerialExecutor"]

@@ -45,8 +45,8 @@ class Executor(ABC):
         """Return what the rest of the run depends on, where an executor holds such a thing (a split model's server)."""
         return {}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: B027 - most hold nothing
         """Take back what :meth:`state_dict` gave."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most took nothing
         """Give back what :meth:`setup` took; called also after an error."""

@@ -1,0 +1,189 @@
+"""Client fits in worker processes on this machine."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import multiprocessing.util
+import os
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from typing import Literal, get_args
+
+import torch
+from typing_extensions import override
+
+from fl_lightning.client import Broadcast, Client
+from fl_lightning.executors.executor import Executor, Outcome
+from fl_lightning.executors.worker import Worker
+from fl_lightning.local import LocalTraining
+
+log = logging.getLogger(__name__)
+
+StartMethod = Literal["auto", "fork", "spawn"]
+
+#: How often a client's fit is begun before a client whose worker dies each time counts as failed.
+ATTEMPTS = 3
+
+#: Finished fits that may wait for an earlier one, per worker: what a slow client may cost in memory.
+FITS_AHEAD = 4
+
+
+@dataclass
+class Job:
+    """One client's fit, from its task to its outcome."""
+
+    client: Client
+    broadcast: Broadcast
+    attempts: int = 0
+    outcome: Outcome | None = None
+
+
+class ProcessExecutor(Executor):
+    """Runs several fits at a time, each in a worker process that lives as long as the federation.
+
+    Results are those of :class:`~fl_lightning.executors.serial.SerialExecutor` to the bit, whatever the number of
+    workers: a fit depends on the seed, the round and the client alone, outcomes come in the order of the tasks, and
+    every worker uses as many threads as the serial executor. A worker that dies (killed, out of memory) is replaced and
+    its client run again. Workers ignore Ctrl-C, and end with this process however it ends.
+
+    Args:
+        workers: Number of processes, at least 1. None: one for each core that this process may use; with GPUs, one for
+            each of them.
+        threads: Threads that torch uses in each, at least 1. More than there are free cores makes everything several
+            times slower.
+        start_method: ``fork`` starts at once and shares the data with this process. ``spawn`` starts Python afresh, as
+            GPUs need, and as more than one thread needs. ``auto`` forks where that is safe.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(self, workers: int | None = None, threads: int = 1, start_method: StartMethod = "auto") -> None:
+        if workers is not None and workers < 1:
+            raise ValueError(f"executor.workers must be at least 1, or null for one per core, got {workers}")
+        if threads < 1:
+            raise ValueError(f"executor.threads must be at least 1, got {threads}")
+        if start_method not in get_args(StartMethod):
+            raise ValueError(
+                f"executor.start_method must be one of {', '.join(get_args(StartMethod))}, got {start_method!r}"
+            )
+        self.workers = workers
+        self.threads = threads
+        self.start_method = start_method
+        self._workers: dict[int, Worker] = {}
+
+    @override
+    def setup(self, local: LocalTraining, clients: Sequence[Client]) -> None:
+        super().setup(local, clients)
+        self._data = {client.id: client.data for client in clients}
+        method = self.start_method
+        if method == "auto":
+            # A forked process cannot use a GPU that its parent has touched, nor a pool of threads that it has started.
+            safe = sys.platform == "linux" and torch.cuda.device_count() == 0 and self.threads == 1
+            method = "fork" if safe else "spawn"
+        self._context = multiprocessing.get_context(method)
+        self._num_gpus = torch.cuda.device_count() if local.device.type == "cuda" else 0
+        self._size = min(self.workers or self._num_gpus or usable_cores(), len(clients))
+        # Runs before multiprocessing waits for its children at exit, in case nobody calls `close`.
+        self._at_exit = multiprocessing.util.Finalize(self, end_all, args=(self._workers,), exitpriority=100)
+        self._fill_places()
+
+    @override
+    def run(self, tasks: Iterable[tuple[Client, Broadcast]]) -> Iterator[Outcome]:
+        self._fill_places()
+        source = iter(tasks)
+        jobs: deque[Job] = deque()  # begun and not yet handed out, in the order of the tasks
+        busy: dict[int, Job] = {}  # by the place of the worker that runs it
+        exhausted = False
+        try:
+            while True:
+                for place in self._workers.keys() - busy.keys():
+                    if exhausted or len(jobs) >= FITS_AHEAD * self._size:
+                        break
+                    task = next(source, None)
+                    if task is None:
+                        exhausted = True
+                    else:
+                        jobs.append(Job(*task))
+                        self._begin(place, jobs[-1], busy)
+                if jobs and jobs[0].outcome is not None:
+                    yield jobs.popleft().outcome  # type: ignore[misc]
+                elif busy:
+                    self._collect(busy)
+                else:
+                    return
+        finally:
+            # Left early, by an error or Ctrl-C: what is still running is of no use to anybody.
+            for place in busy:
+                self._workers.pop(place).close(kill=True)
+
+    @override
+    def close(self) -> None:
+        end_all(self._workers)
+
+    def _fill_places(self) -> None:
+        for place in range(self._size):
+            if place not in self._workers:
+                self._start_worker(place)
+
+    def _start_worker(self, place: int) -> None:
+        environment = {}
+        if self._num_gpus > 1:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            names = visible.split(",") if visible else [str(index) for index in range(self._num_gpus)]
+            environment["CUDA_VISIBLE_DEVICES"] = names[place % self._num_gpus]
+        siblings = list(self._workers.values())
+        self._workers[place] = Worker(self._context, self.local, self._data, self.threads, environment, siblings)
+
+    def _begin(self, place: int, job: Job, busy: dict[int, Job]) -> None:
+        if job.client.id not in self._data:
+            raise ValueError(f"client {job.client.name} was not among those that the executor was set up with")
+        job.attempts += 1
+        busy[place] = job
+        self._workers[place].start(job.client, job.broadcast)
+
+    def _collect(self, busy: dict[int, Job]) -> None:
+        """Wait until at least one worker has finished or died, and take what it has."""
+        places = {self._workers[place].connection: place for place in busy}
+        for connection in wait(list(places)):
+            place = places[connection]  # type: ignore[index]
+            job = busy.pop(place)
+            try:
+                result = self._workers[place].result()
+            except EOFError:
+                self._worker_died(place, job, busy)
+                continue
+            if isinstance(result, Exception):
+                job.outcome = Outcome(job.client, error=result)
+            else:
+                job.outcome = Outcome(job.client, result)
+
+    def _worker_died(self, place: int, job: Job, busy: dict[int, Job]) -> None:
+        worker = self._workers.pop(place)
+        reason = worker.exit_reason
+        worker.close(kill=True)
+        self._start_worker(place)
+        if job.attempts < ATTEMPTS:
+            log.warning("the worker of client %s died (%s); its fit runs again", job.client.name, reason)
+            self._begin(place, job, busy)
+        else:
+            message = (
+                f"its worker process died {job.attempts} times, at last: {reason}; "
+                "SIGKILL mostly means that memory ran out: try fewer executor.workers"
+            )
+            job.outcome = Outcome(job.client, error=RuntimeError(message))
+
+
+def end_all(workers: dict[int, Worker]) -> None:
+    """End all workers; none may be at work."""
+    while workers:
+        workers.popitem()[1].close(kill=False)
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may run on, which in a container is fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

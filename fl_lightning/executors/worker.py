@@ -1,0 +1,214 @@
+"""A process that runs client fits for another, and that other's handle on it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import signal
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fl_lightning.client import Broadcast, Client
+from fl_lightning.executors.shared_buffer import SharedBuffer, Slot
+from fl_lightning.executors.tensor_pickle import dumps, loads
+from fl_lightning.local import Fit, LocalTraining, silence_lightning
+from fl_lightning.state import State
+
+if TYPE_CHECKING:
+    from fl_lightning.data.client_data import ClientData
+
+
+class WorkerTracebackError(Exception):
+    """The traceback of an exception, as text of the process in which it was raised."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+class Worker:
+    """One worker process, seen from the process that gives it work. It runs one fit at a time.
+
+    Tensors travel through shared memory, everything else through a pipe. The shared part of the model is written only
+    if it is not what the worker has already, which within a round it mostly is.
+
+    Args:
+        context: How processes are started.
+        local: What runs a fit; already set up.
+        data: The data of every client, by id.
+        threads: Threads that torch uses in the worker.
+        environment: Environment variables of the worker.
+        siblings: The other workers. A forked process inherits the ends of their pipes and must let go of them, or they
+            would never learn that this process is gone.
+    """
+
+    def __init__(
+        self,
+        context: BaseContext,
+        local: LocalTraining,
+        data: Mapping[int, ClientData],
+        threads: int,
+        environment: Mapping[str, str],
+        siblings: Sequence[Worker] = (),
+    ) -> None:
+        self._buffers = {name: SharedBuffer() for name in ("state", "task", "result")}
+        self.connection, theirs = context.Pipe()
+        forked = context.get_start_method() == "fork"
+        strangers = [self.connection, *(sibling.connection for sibling in siblings)] if forked else []
+        # Handed over as it is, a spawned process would get a module whose weights are shared memory: all workers would
+        # train the same ones. Data, in contrast, is meant to be shared.
+        own = local if forked else pickle.dumps(local)
+        self.process = context.Process(  # type: ignore[attr-defined]
+            target=serve, args=(own, data, theirs, self._buffers, threads, strangers), name="fl_lightning client fits"
+        )
+        with _environment(environment), _ctrl_c_blocked():
+            self.process.start()
+        theirs.close()
+        self._sent: list[tuple[str, torch.Tensor, int]] = []
+
+    @property
+    def exit_reason(self) -> str:
+        """How the process ended, in words."""
+        self.process.join()
+        code = self.process.exitcode
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+    def start(self, client: Client, broadcast: Broadcast) -> None:
+        """Begin a fit; an end of the process shows at :meth:`result`."""
+        state = None
+        current = [(name, tensor, _version(tensor)) for name, tensor in broadcast.state.items()]
+        if not _same(current, self._sent):
+            state = self._write("state", broadcast.state)
+            self._sent = current
+        task = self._write("task", (client.id, client.personal, client.memory, replace(broadcast, state={})))
+        with suppress(OSError):  # it has died, as `result` will find
+            self.connection.send_bytes(pickle.dumps((state, task)))
+
+    def result(self) -> Fit | Exception:
+        """Return what came of the fit; waits for it.
+
+        Raises:
+            EOFError: If the process ended before that.
+        """
+        try:
+            ok, (data, slots) = pickle.loads(self.connection.recv_bytes())
+        except OSError as gone:
+            raise EOFError from gone
+        value = loads(data, self._buffers["result"].read(slots))
+        if ok:
+            return value
+        error, text = value
+        error.__cause__ = WorkerTracebackError(text)
+        return error
+
+    def close(self, kill: bool) -> None:
+        """End the process: at once, or as soon as it sees that no more work comes."""
+        if kill:
+            self.process.kill()
+        self.connection.close()
+        self.process.join(timeout=5)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+        self.process.close()
+        for buffer in self._buffers.values():
+            buffer.close()
+
+    def _write(self, buffer: str, value: Any) -> tuple[bytes, list[Slot]]:
+        data, tensors = dumps(value)
+        return data, self._buffers[buffer].write(tensors)
+
+
+def serve(
+    local: LocalTraining | bytes,
+    data: Mapping[int, ClientData],
+    connection: Connection,
+    buffers: Mapping[str, SharedBuffer],
+    threads: int,
+    strangers: Sequence[Connection],
+) -> None:
+    """Run fits until the other end of the pipe is closed: the life of a worker process."""
+    # Ctrl-C reaches every process of the terminal; what it means is decided by the one that gives the work.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    for stranger in strangers:
+        stranger.close()
+    torch.set_num_threads(threads)
+    if isinstance(local, bytes):
+        silence_lightning()
+        local = pickle.loads(local)
+    assert isinstance(local, LocalTraining)
+    # What was inherited stays: not looked at by the garbage collector, its pages stay shared with the parent.
+    gc.freeze()
+    state: State = {}
+    while True:
+        try:
+            message = connection.recv_bytes()
+        except (EOFError, OSError):
+            return
+        shared, (task, slots) = pickle.loads(message)
+        if shared is not None:
+            state = loads(shared[0], buffers["state"].read(shared[1]))
+        client_id, personal, memory, broadcast = loads(task, buffers["task"].read(slots))
+        try:
+            client = Client(client_id, data[client_id], personal, memory)
+            result: tuple[bool, Any] = (True, local.fit(client, replace(broadcast, state=dict(state))))
+        except Exception as error:  # the loop decides what a failed client means
+            result = (False, (_sendable(error), traceback.format_exc()))
+        result_bytes, tensors = dumps(result[1])
+        try:
+            connection.send_bytes(pickle.dumps((result[0], (result_bytes, buffers["result"].write(tensors)))))
+        except OSError:
+            return
+
+
+def _sendable(error: Exception) -> Exception:
+    """An exception as it is if it can travel, else one that says the same."""
+    try:
+        loads(*dumps(error))
+    except Exception:  # pickling a foreign class may raise anything
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """A number that changes when the tensor is written to."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _same(one: list[tuple[str, torch.Tensor, int]], other: list[tuple[str, torch.Tensor, int]]) -> bool:
+    return len(one) == len(other) and all(
+        name == name2 and tensor is tensor2 and version == version2
+        for (name, tensor, version), (name2, tensor2, version2) in zip(one, other, strict=True)
+    )
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _ctrl_c_blocked() -> Iterator[None]:
+    """Hold Ctrl-C back while a process starts: until it ignores the signal itself, it would run this one's handler."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
