@@ -144,10 +144,15 @@ def _check_call(node: Mapping[str, Any], path: str) -> None:
 
 
 def _hints(target: Any) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except (NameError, TypeError, AttributeError):  # an annotation that exists for type checkers alone
-        return {}
+    function = inspect.unwrap(target.__init__ if inspect.isclass(target) else target)
+    hints = {}
+    for name, annotation in getattr(function, "__annotations__", {}).items():
+        try:
+            # One by one: an annotation that exists for type checkers alone must not hide the others.
+            hints[name] = typing.get_type_hints(types.SimpleNamespace(__annotations__={name: annotation}), function.__globals__)[name]
+        except (NameError, TypeError, AttributeError, SyntaxError):
+            continue
+    return hints
 
 
 def fits(value: Any, hint: Any) -> bool:

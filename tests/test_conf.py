@@ -1,0 +1,61 @@
+"""Every YAML composes, and every node in it is something that could be made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from fl_lightning.command_line import CONF
+from fl_lightning.config import check, instantiate
+
+GROUPS = ("data", "model", "optimizer", "trainer", "executor", "logger", "method", "experiment")
+OPTIONS = [
+    (group, str(path.relative_to(CONF / group).with_suffix("")))
+    for group in GROUPS
+    for path in sorted((CONF / group).rglob("*.yaml"))
+    if (group, path.parent.name) != ("data", "partition")
+]
+
+
+def composed(name: str, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(name, list(overrides))
+
+
+def uses_personalize(group: str, option: str) -> bool:
+    text = (CONF / group / f"{option}.yaml").read_text()
+    return "personalize.py" in text.splitlines()[0] if text else False
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=["/".join(pair) for pair in OPTIONS])
+def test_every_option_composes_and_names_existing_arguments(group: str, option: str) -> None:
+    cfg = composed("train", f"{group}={option}", *(["data.root=somewhere"] if group == "data" and option != "digits" else []))
+    for key, node in cfg.items():
+        if isinstance(node, DictConfig) and not OmegaConf.is_missing(cfg, key):
+            content = {k: v for k, v in node.items_ex(resolve=False)} if node else {}
+            if not OmegaConf.missing_keys(node):
+                check(node, str(key))
+            assert content is not None
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
+def test_every_model_can_be_made(name: str) -> None:
+    cfg = composed("train", f"model={name}")
+    channels = 1 if name.startswith("gpt") else 3  # token sequences have one
+    model = instantiate(OmegaConf.to_container(cfg.model), "model", num_classes=10, in_channels=channels, image_size=32)
+    assert sum(p.numel() for p in model.head.parameters()) > 0
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONF)))
+def test_yaml_targets_are_full_module_paths(path: Path) -> None:
+    def walk(node: object) -> None:
+        if isinstance(node, dict):
+            if isinstance(node.get("_target_"), str):
+                assert node["_target_"].count(".") >= 1, node["_target_"]
+            for value in node.values():
+                walk(value)
+
+    walk(OmegaConf.to_container(OmegaConf.load(path), resolve=False))
