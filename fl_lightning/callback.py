@@ -61,7 +61,7 @@ class FederatedCallback(Callback):
         """Called when the cohort is drawn."""
 
     def on_broadcast(self, loop: FederatedLoop, client: Client, broadcast: Broadcast) -> None:
-        """Called before a message goes down; may change it. Tensors of ``broadcast.state`` are replaced, never written to."""
+        """Called before a message goes down; may change it: tensors are replaced, never written to."""
 
     def on_client_start(self, client: Client, module: FederatedModule, broadcast: Broadcast) -> None:
         """Called when the model is loaded, before the fit."""

@@ -1,4 +1,4 @@
-"""What ``train.py`` and ``personalize.py`` do before and after the work: compose the configuration, say errors plainly."""
+"""What ``train.py`` and ``personalize.py`` share: the configuration is composed, and errors are said plainly."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ import fl_lightning.config  # noqa: F401 - registers the schema before Hydra com
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
+WORK = {"train": "fl_lightning.training", "personalize": "fl_lightning.personalization"}
+
 log = logging.getLogger(__name__)
 
 
 def main(name: str) -> None:
-    """Run ``fl_lightning.<name>ing``-style work from the command line.
+    """Run a script.
 
     Args:
         name: ``train`` or ``personalize``: the configuration ``conf/<name>.yaml`` and the module behind it.
@@ -35,7 +37,9 @@ def main(name: str) -> None:
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
     def run(cfg: DictConfig) -> None:
         folder = Path(HydraConfig.get().runtime.output_dir)
-        work = importlib.import_module({"train": "fl_lightning.training", "personalize": "fl_lightning.personalization"}[name])
+        work = importlib.import_module(
+            {"train": "fl_lightning.training", "personalize": "fl_lightning.personalization"}[name]
+        )
         try:
             work.run(cfg, folder)
         except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:

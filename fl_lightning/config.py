@@ -52,7 +52,42 @@ class TrainConfig:
     paths: Any = MISSING
 
 
+@dataclass
+class PersonalizeConfig:
+    """The root of ``conf/personalize.yaml``; read as :class:`TrainConfig` is."""
+
+    checkpoint: str = MISSING
+    seed: int = MISSING
+    seeds: int = MISSING
+    epochs: int = MISSING
+    batch_size: Optional[int] = None  # noqa: UP045
+    head: list[str] = MISSING
+    lp_epochs: int = MISSING
+    lp_lr: Optional[float] = None  # noqa: UP045
+    ft_lr: Optional[float] = None  # noqa: UP045
+    batch_norm: str = MISSING
+    grid: dict[str, Any] = field(default_factory=dict)
+    save_models: bool = MISSING
+    figures: bool = MISSING
+    curves: Any = MISSING
+    data: Any = None
+    model: Any = None
+    module: Any = MISSING
+    optimizer: Any = MISSING
+    scheduler: Any = None
+    trainer: Any = MISSING
+    flooding: Any = MISSING
+    local: Any = MISSING
+    executor: Any = MISSING
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    baselines: dict[str, Any] = field(default_factory=dict)
+    personalization: dict[str, Any] = field(default_factory=dict)
+    logger: Any = None
+    paths: Any = MISSING
+
+
 ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+ConfigStore.instance().store(name="personalize_schema", node=PersonalizeConfig)
 
 
 def instantiate(node: Any, path: str, /, *args: Any, **kwargs: Any) -> Any:
@@ -149,7 +184,9 @@ def _hints(target: Any) -> dict[str, Any]:
     for name, annotation in getattr(function, "__annotations__", {}).items():
         try:
             # One by one: an annotation that exists for type checkers alone must not hide the others.
-            hints[name] = typing.get_type_hints(types.SimpleNamespace(__annotations__={name: annotation}), function.__globals__)[name]
+            hints[name] = typing.get_type_hints(
+                types.SimpleNamespace(__annotations__={name: annotation}), function.__globals__
+            )[name]
         except (NameError, TypeError, AttributeError, SyntaxError):
             continue
     return hints
@@ -199,7 +236,13 @@ def _words(hint: Any) -> str:
         return " or ".join(dict.fromkeys(_words(arg) for arg in args))
     if origin is typing.Literal:
         return "one of " + ", ".join(map(str, args))
-    names: dict[Any, str] = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    names: dict[Any, str] = {
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        type(None): "null",
+    }
     if hint in names:
         return names[hint]
     if origin is not None and args:

@@ -25,8 +25,8 @@ class Sharing:
     Args:
         shared: Shell patterns of what is shared; all by default. Empty shares nothing: every client trains alone.
         personal: Shell patterns of what stays at the client, taken out of ``shared``.
-        personal_batch_norm: Whether BatchNorm layers stay at the client whole, weights and statistics. They are found by
-            their class: names mislead (``downsample.1``).
+        personal_batch_norm: Whether BatchNorm layers stay at the client whole, weights and statistics. They are found
+            by their class: names mislead (``downsample.1``).
         buffers: What becomes of BatchNorm's running statistics. ``average``: exchanged and averaged like weights.
             ``local``: they stay at the client. ``reset``: exchanged, but every fit starts from fresh ones, so what is
             averaged was gathered in this round alone.

@@ -229,7 +229,9 @@ def finish(loop: FederatedLoop, run_folder: RunFolder, config: Mapping[str, Any]
             "last": summaries(last),
             "unseen_personal": summary["unseen_personal"],
             # What a stage after the rounds begins with: the kept round as it was scored within them.
-            "in_round": {k: v for row in loop.history[best_round:][:1] for k, v in row.items() if k.startswith("test/")},
+            "in_round": {
+                k: v for row in loop.history[best_round:][:1] for k, v in row.items() if k.startswith("test/")
+            },
             "data": config["data"],
             "partition_hash": loop_partition_hash(run_folder),
             **{key: v for callback in loop.federated_callbacks for key, v in callback.results(loop).items()},
@@ -269,9 +271,7 @@ def log_hyperparameters(loop: FederatedLoop, config: Mapping[str, Any], numbers:
 
 def result_table(results: Mapping[str, Any]) -> str:
     """Return the results of a run as text for a terminal."""
-    rows = [
-        {"model": view, **results[view]} for view in ("global", "personal", "unseen") if results[view] is not None
-    ]
+    rows = [{"model": view, **results[view]} for view in ("global", "personal", "unseen") if results[view] is not None]
     title = (
         f"{results['method']}, {results['rounds']} rounds, seed {results['seed']}: test {results['metric']} "
         f"(model of round {results['best_round']}, {results['kept']})"

@@ -22,7 +22,11 @@ class Network(nn.Module):
 
 
 def state() -> dict[str, torch.Tensor]:
-    return {"w": torch.randn(4, generator=GENERATOR), "mean": torch.randn(4, generator=GENERATOR), "count": torch.tensor(3)}
+    return {
+        "w": torch.randn(4, generator=GENERATOR),
+        "mean": torch.randn(4, generator=GENERATOR),
+        "count": torch.tensor(3),
+    }
 
 
 def updates(number: int) -> list[Update]:
@@ -45,7 +49,9 @@ def test_fedavg_is_numpys_average(weights: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "aggregator", [Aggregator(), ServerMomentum(momentum=0.0), TrimmedMean(0.2), Median()], ids=lambda a: type(a).__name__
+    "aggregator",
+    [Aggregator(), ServerMomentum(momentum=0.0), TrimmedMean(0.2), Median()],
+    ids=lambda a: type(a).__name__,
 )
 def test_one_update_or_equal_updates_come_back(aggregator: Aggregator) -> None:
     old, new = state(), state()
@@ -114,7 +120,9 @@ def test_server_state_survives_a_restart(aggregator: Aggregator) -> None:
 def test_median_is_numpys(number: int) -> None:
     received = updates(number)
     merged = ready(Median()).aggregate(state(), received)
-    np.testing.assert_allclose(merged["w"].numpy(), np.median([u.state["w"].numpy() for u in received], axis=0), rtol=1e-6)
+    np.testing.assert_allclose(
+        merged["w"].numpy(), np.median([u.state["w"].numpy() for u in received], axis=0), rtol=1e-6
+    )
 
 
 def test_trimmed_mean_is_scipys_and_shrugs_off_outliers() -> None:
@@ -141,6 +149,6 @@ def test_trimmed_mean_is_scipys_and_shrugs_off_outliers() -> None:
         (lambda: TrimmedMean(weights="examples"), "weights"),
     ],
 )
-def test_values_out_of_range_are_refused(make, key: str) -> None:  # noqa: ANN001
+def test_values_out_of_range_are_refused(make, key: str) -> None:
     with pytest.raises(ValueError, match=key):
         make()

@@ -11,7 +11,16 @@ from fl_lightning.cohort import Cohort
 CLIENTS = list(range(20))
 
 
-@pytest.mark.parametrize(("arguments", "size"), [({"fraction": 0.2}, 4), ({"number": 7}, 7), ({"fraction": 0.01}, 1), ({"fraction": 0.1, "minimum": 5}, 5), ({}, 20)])
+@pytest.mark.parametrize(
+    ("arguments", "size"),
+    [
+        ({"fraction": 0.2}, 4),
+        ({"number": 7}, 7),
+        ({"fraction": 0.01}, 1),
+        ({"fraction": 0.1, "minimum": 5}, 5),
+        ({}, 20),
+    ],
+)
 def test_the_size_is_what_was_asked_for(arguments: dict, size: int) -> None:
     for round in range(5):
         cohort = Cohort(**arguments).draw(CLIENTS, round, seed=1)
@@ -41,7 +50,9 @@ def test_availability_leaves_clients_out_but_never_below_the_minimum() -> None:
     assert all(len(set(cohort)) >= 3 for cohort in rare)
 
 
-@pytest.mark.parametrize("arguments", [{"fraction": 0.0}, {"fraction": 1.5}, {"number": 0}, {"minimum": 0}, {"availability": 0.0}])
+@pytest.mark.parametrize(
+    "arguments", [{"fraction": 0.0}, {"fraction": 1.5}, {"number": 0}, {"minimum": 0}, {"availability": 0.0}]
+)
 def test_values_out_of_range_are_refused(arguments: dict) -> None:
     with pytest.raises(ValueError, match=f"cohort.{next(iter(arguments))}"):
         Cohort(**arguments)

@@ -32,10 +32,12 @@ def uses_personalize(group: str, option: str) -> bool:
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=["/".join(pair) for pair in OPTIONS])
 def test_every_option_composes_and_names_existing_arguments(group: str, option: str) -> None:
-    cfg = composed("train", f"{group}={option}", *(["data.root=somewhere"] if group == "data" and option != "digits" else []))
+    cfg = composed(
+        "train", f"{group}={option}", *(["data.root=somewhere"] if group == "data" and option != "digits" else [])
+    )
     for key, node in cfg.items():
         if isinstance(node, DictConfig) and not OmegaConf.is_missing(cfg, key):
-            content = {k: v for k, v in node.items_ex(resolve=False)} if node else {}
+            content = dict(node.items_ex(resolve=False)) if node else {}
             if not OmegaConf.missing_keys(node):
                 check(node, str(key))
             assert content is not None

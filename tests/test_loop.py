@@ -46,10 +46,14 @@ def by_hand(run: Federation, rounds: int, lr: float, momentum: float, mu: float 
 @pytest.mark.parametrize("mu", [0.0, 0.7])
 def test_fedavg_and_fedprox_are_the_hand_written_ones(mu: float, tiny_root: Path, tmp_path: Path) -> None:
     method = ["method=fedprox", f"callbacks.proximal.mu={mu}"] if mu else ["method=fedavg"]
-    run = federation(tiny_root, tmp_path / "run", *method, "optimizer.lr=0.1", "optimizer.momentum=0.5", "loop.rounds=3")
+    run = federation(
+        tiny_root, tmp_path / "run", *method, "optimizer.lr=0.1", "optimizer.momentum=0.5", "loop.rounds=3"
+    )
     run.fit()
     for name, tensor in by_hand(run, 3, 0.1, 0.5, mu).items():
-        torch.testing.assert_close(run.loop.state[name], tensor, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            run.loop.state[name], tensor, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_proximal_penalty_of_weight_zero_is_fedavg_to_the_bit(tiny_root: Path, tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ def network() -> nn.Module:
     # "down.1" is a BatchNorm whose name does not say so, as in torchvision's downsample.1.
     return nn.ModuleDict(
         {
-            "backbone": nn.ModuleDict({"conv": nn.Conv2d(1, 2, 3), "down": nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))}),
+            "backbone": nn.ModuleDict(
+                {"conv": nn.Conv2d(1, 2, 3), "down": nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))}
+            ),
             "head": nn.Linear(2, 3),
         }
     )

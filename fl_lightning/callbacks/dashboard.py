@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class Dashboard(FederatedCallback):
     """Draws who holds which classes, how every client fares over the rounds, and which classes are confused.
 
-    PNG files always; a TensorBoard logger also gets the pictures, the clients' scores as histograms over rounds, and the
-    configuration as text.
+    PNG files always; a TensorBoard logger also gets the pictures, the clients' scores as histograms over rounds, and
+    the configuration as text.
 
     Args:
         folder: Where PNG files go.

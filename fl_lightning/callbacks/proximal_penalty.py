@@ -13,7 +13,7 @@ from fl_lightning.callback import FederatedCallback
 
 
 class ProximalPenalty(FederatedCallback):
-    r"""Pulls the parameters towards where the fit began: adds the gradient of :math:`\frac{\mu}{2}\lVert w - w^t \rVert^2`.
+    r"""Pulls the parameters towards where the fit began, by :math:`\frac{\mu}{2}\lVert w - w^t \rVert^2`.
 
     Li et al., Federated Optimization in Heterogeneous Networks, MLSys 2020, https://arxiv.org/abs/1812.06127.
     The gradient :math:`\mu (w - w^t)` is added when Lightning has unscaled it and has not yet clipped it, so mixed

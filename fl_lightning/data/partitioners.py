@@ -252,7 +252,8 @@ def divide_alike(labels: IntArray, num_train: NDArray[np.int64], rng: np.random.
     """Divide separate test examples so that each client is tested on the labels it trains on.
 
     Each class is divided in proportion to the training examples that the clients have of it. A class that nobody trains
-    on is left out.
+    on is left out. A client whose shares all round to nothing gets one example of a class that it trains on, from the
+    client that has most of that class to spare.
 
     Args:
         labels: Of the test examples, (N,).
@@ -267,4 +268,10 @@ def divide_alike(labels: IntArray, num_train: NDArray[np.int64], rng: np.random.
     for label, pool in enumerate(pools):
         if num_train[:, label].any():
             counts[:, label] = apportion(num_train[:, label].astype(np.float64), len(pool), rng)
+    for client in np.flatnonzero(counts.sum(axis=1) == 0):
+        to_spare = np.where((counts.sum(axis=1) > 1)[:, None] & (num_train[client] > 0), counts, 0)
+        if to_spare.any():
+            donor, label = np.unravel_index(to_spare.argmax(), to_spare.shape)
+            counts[donor, label] -= 1
+            counts[client, label] += 1
     return [np.sort(part) for part in _deal(pools, counts)]

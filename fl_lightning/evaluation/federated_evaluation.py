@@ -123,7 +123,7 @@ class FederatedEvaluation(FederatedCallback):
             split: ``val`` or ``test``.
 
         Returns:
-            Scores by view: ``global``, ``personal``, ``unseen``, ``unseen_personal``; those that do not apply are absent.
+            Scores by view: ``global``, ``personal``, ``unseen``, ``unseen_personal``; others are absent.
         """
         views: dict[str, Scores] = {}
         if not any(getattr(client.data, f"num_{split}") for client in loop.clients):

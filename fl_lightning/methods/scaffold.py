@@ -24,9 +24,9 @@ class ControlVariates(FederatedCallback):
 
     Karimireddy et al., SCAFFOLD: Stochastic Controlled Averaging for Federated Learning, ICML 2020,
     https://arxiv.org/abs/1910.06378, Algorithm 1. A client's new variate is the mean of the gradients along its fit.
-    For plain SGD of a constant rate that *is* the paper's option II, :math:`c_i - c + (x - y_i) / (K \eta)`; unlike the
-    formula it also means something with momentum, schedules or Adam. Up go the model and the change of :math:`c_i`, down
-    the model and :math:`c`: twice the traffic of FedAvg.
+    For plain SGD of a constant rate that *is* the paper's option II, :math:`c_i - c + (x - y_i) / (K \eta)`; unlike
+    the formula it also means something with momentum, schedules or Adam. Up go the model and the change of :math:`c_i`,
+    down the model and :math:`c`: twice the traffic of FedAvg.
     """
 
     def __init__(self) -> None:
