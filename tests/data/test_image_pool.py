@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fl_lightning.data import ImagePool, Normalization
+from tests.data.made import pool
+
+
+def test_gather_takes_copies() -> None:
+    source = pool(5)
+    images, labels = source.gather(torch.tensor([3, 0]))
+    assert torch.equal(images[1], source.images[0])
+    assert labels.tolist() == [0, 0]
+    images.zero_()
+    assert source.images[0].any()
+
+
+def test_fingerprint_follows_images_labels_and_shape() -> None:
+    source = pool(8, 1, 4)
+    assert pool(8, 1, 4).fingerprint() == source.fingerprint()
+    images = source.images.clone()
+    images[7, 0, 3, 3] += 1
+    labels = source.labels.clone()
+    labels[0] = 2
+    others = [
+        ImagePool(images, source.labels),
+        ImagePool(source.images, labels),
+        ImagePool(source.images.view(8, 4, 2, 2), source.labels),
+    ]
+    assert len({source.fingerprint(), *(other.fingerprint() for other in others)}) == 4
+
+
+def test_sharing_and_moving_keep_the_contents() -> None:
+    source = pool(5)
+    expected = source.images.clone()
+    fingerprint = source.fingerprint()
+    assert source.share_memory().images.is_shared()
+    assert source.fits("cpu")
+    source.to("cpu")
+    assert torch.equal(source.images, expected)
+    assert source.fingerprint() == fingerprint
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "error", "message"),
+    [
+        (torch.zeros(2, 3, 4, 4), torch.zeros(2).long(), TypeError, "uint8 in .*, got torch.float32"),
+        (torch.zeros(2, 3, 4, 4).byte(), torch.zeros(2), TypeError, "labels as int64, got torch.float32"),
+        (torch.zeros(2, 4, 4).byte(), torch.zeros(2).long(), ValueError, r"\(N, C, H, W\), got \(2, 4, 4\)"),
+        (torch.zeros(2, 3, 4, 5).byte(), torch.zeros(2).long(), ValueError, "square images, got height 4 and width 5"),
+        (torch.zeros(2, 3, 4, 4).byte(), torch.zeros(3).long(), ValueError, "one label per image, got 2 images"),
+    ],
+)
+def test_bad_input(images: torch.Tensor, labels: torch.Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ImagePool(images, labels)
+
+
+def test_bad_normalization() -> None:
+    with pytest.raises(ValueError, match="`std` must be positive"):
+        Normalization(0.5, 0.0)
+    with pytest.raises(ValueError, match="same length"):
+        Normalization([0.5], [0.5, 0.5])
+    with pytest.raises(ValueError, match="have 3 values, but the images have 1 channel"):
+        Normalization([0.5] * 3, [0.5] * 3).check_channels(1)
