@@ -77,8 +77,10 @@ def test_a_single_client_proves_nothing() -> None:
 
 
 def test_equal_differences_that_differ_in_the_last_bits() -> None:
-    """0.9 - 0.8, 0.5 - 0.4 and 0.3 - 0.2 differ by rounding only: they share a rank, without a warning."""
-    found = compare([0.9, 0.5, 0.3], [0.8, 0.4, 0.2])
+    """They differ by rounding only, so they share a rank, without a warning."""
+    first, second = [0.9, 0.4, 0.2], [0.8, 0.3, 0.1]
+    assert len({x - y for x, y in zip(first, second, strict=True)}) == 3
+    found = compare(first, second)
     assert found.wins == 3
     assert found.statistic == 0
     assert 0.05 < found.p_value < 0.3

@@ -216,6 +216,16 @@ def test_scored_matrix_equals_scoring_each_pair_alone(encode_once: bool, heads_o
                 assert found.values[i, j] == pytest.approx(accuracy_score(data.y, alone(data.x).argmax(1)))
 
 
+def test_a_changed_buffer_alone_is_encoded_anew() -> None:
+    datas, states = [FakeData(0, 30), FakeData(1, 30)], models_of(0, heads_only=True)[:2]
+    states[1]["backbone.1.running_mean"] = torch.full((5,), 2.0)
+    plain, once = (
+        score_matrix(BackboneAndHead(), enumerate(states), datas, encode_once=once) for once in (False, True)
+    )
+    assert np.array_equal(plain.values, once.values)
+    assert not np.array_equal(plain.values[0], plain.values[1])
+
+
 def test_one_model_for_each_client_is_needed() -> None:
     datas, states = [FakeData(0, 3), FakeData(1, 3)], models_of(0, False)
     with pytest.raises(ValueError, match=r"got none for \[1\]"):

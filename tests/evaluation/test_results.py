@@ -146,6 +146,14 @@ def test_a_resumed_table_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     assert (tmp_path / "cut.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
+def test_a_half_written_line_does_not_join_the_next(tmp_path: Path) -> None:
+    MetricsTable(tmp_path / "metrics.csv").append({"round": 1, "a": 1})
+    with open(tmp_path / "metrics.csv", "a") as file:
+        file.write("2,0.1")
+    MetricsTable(tmp_path / "metrics.csv").append({"round": 2, "a": 3})
+    assert (tmp_path / "metrics.csv").read_text() == "round,a\n1,1\n2,3\n"
+
+
 def test_the_round_must_count_up(tmp_path: Path) -> None:
     table = MetricsTable(tmp_path / "metrics.csv")
     table.append({"round": 3})
