@@ -1,0 +1,57 @@
+"""A floor under the training loss."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from typing_extensions import override
+
+from fl_lightning.callback import FederatedCallback
+
+
+class LossFlooding(FederatedCallback):
+    r"""Keeps the training loss from falling below a level: trains on :math:`|\ell - b| + b` for each batch.
+
+    Ishida, Yamane, Sakai, Niu, Sugiyama, Do We Need Zero Training Loss After Achieving Zero Training Error?, ICML 2020,
+    https://arxiv.org/abs/2002.08709, equation (3). Models that are flooded at one level have learned their own data
+    equally well, so what they forgot elsewhere can be compared. The logged loss stays the task's own.
+
+    Args:
+        level: The level b, at least 0, in the unit of the loss. At 0 a loss that is never negative stays as it is.
+        from_epoch: The first epoch, from 0, in which it acts, such as the first one after linear probing.
+
+    Raises:
+        ValueError: If an argument is negative.
+    """
+
+    def __init__(self, level: float, from_epoch: int = 0) -> None:
+        if not level >= 0:
+            raise ValueError(f"the flooding level must be at least 0, got {level}")
+        if from_epoch < 0:
+            raise ValueError(f"from_epoch of the flooding must be at least 0, got {from_epoch}")
+        self.level = level
+        self.from_epoch = from_epoch
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._trainer = trainer
+        pl_module.loss_transforms.append(self.flood)
+
+    def flood(self, loss: Tensor) -> Tensor:
+        """Return the flooded loss of one batch."""
+        if self._trainer.current_epoch < self.from_epoch:
+            return loss
+        return (loss - self.level).abs() + self.level
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._remove(pl_module)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._remove(pl_module)
+
+    def _remove(self, module: LightningModule) -> None:
+        if self.flood in module.loss_transforms:
+            module.loss_transforms.remove(self.flood)
+        self._trainer = None

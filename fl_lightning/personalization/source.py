@@ -1,0 +1,157 @@
+"""What is personalized: a global model, and the clients it was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import is_model
+from torch import Tensor
+
+from fl_lightning.checkpoint import read_tensors
+from fl_lightning.config import instantiate
+from fl_lightning.data.federated_data import FederatedData
+from fl_lightning.data.partition import Partition
+from fl_lightning.models.export import import_state_dict
+from fl_lightning.module import FederatedModule
+from fl_lightning.run_folder import RunFolder
+from fl_lightning.state import State, difference, load
+from fl_lightning.training import build_module
+
+
+@dataclass
+class Source:
+    """A global model in its module, and the data of the clients.
+
+    Attributes:
+        module: Holds the global model.
+        data: The clients.
+        model_config: What the model was made from.
+        description: Where they come from, in words for ``results.json``.
+    """
+
+    module: FederatedModule
+    data: FederatedData
+    model_config: dict[str, Any]
+    description: dict[str, Any]
+
+
+def open_source(config: Mapping[str, Any]) -> Source:
+    """Read what ``checkpoint=`` names, and check that it fits the data and the model.
+
+    Args:
+        config: The configuration, plain. ``data`` and ``model`` are the run's own where the checkpoint is a run folder,
+            unless they are given.
+
+    Raises:
+        FileNotFoundError: If there is neither such a path nor a timm model of this name, or the run left no global model.
+        ValueError: If data or model must be given and are not, the partition is not the run's, the model is another
+            one, or a file is damaged.
+    """
+    checkpoint = str(config["checkpoint"])
+    path = Path(checkpoint)
+    given = {"data": config["data"], "model": config["model"]}
+    if path.is_dir():
+        return _from_run_folder(RunFolder(path), given, config)
+    if path.exists():
+        for key, value in given.items():
+            if value is None:
+                raise ValueError(
+                    f"{checkpoint} is a file, which does not say what {key} it belongs to; add {key}=..., or give the "
+                    "run folder"
+                )
+        data = instantiate(given["data"], "data")
+        module = build_module({**config, **given}, data)
+        put(module, read_state(path, module.head_path), checkpoint)
+        return Source(module, data, given["model"], {"checkpoint": checkpoint, "kind": "file"})
+    if is_model(checkpoint.split(".")[0]):
+        if given["data"] is None:
+            raise ValueError(f"checkpoint={checkpoint} is a model of timm, without clients; add data=...")
+        if given["model"] is not None:
+            raise ValueError(f"checkpoint={checkpoint} is a model of timm; leave out model=")
+        model = {"_target_": "fl_lightning.models.timm_model", "name": checkpoint, "pretrained": True}
+        data = instantiate(given["data"], "data")
+        module = build_module({**config, "model": model}, data)
+        return Source(module, data, model, {"checkpoint": checkpoint, "kind": "timm, pretrained"})
+    raise FileNotFoundError(
+        f"checkpoint={checkpoint} is neither a run folder of train.py, nor a file, nor the name of a timm model"
+    )
+
+
+def _from_run_folder(run: RunFolder, given: Mapping[str, Any], config: Mapping[str, Any]) -> Source:
+    before = run.read_config()
+    if not run.global_model.is_file():
+        raise FileNotFoundError(
+            f"{run.path} holds no {run.global_model.name}: the run has not ended, or its method "
+            f"({before['method']['name']}) has no global model to fine-tune"
+        )
+    data: FederatedData = instantiate(given["data"] or before["data"], "data")
+    partition = Partition.load(run.partition)
+    data.partition.check_equal(partition)
+    model = given["model"] or before["model"]
+    module = build_module({**config, "model": model}, data)
+    put(module, read_state(run.global_model, module.head_path), str(run.global_model))
+    description = {
+        "checkpoint": str(run.path),
+        "kind": "run folder",
+        "method": before["method"]["name"],
+        "training_seed": before["seed"],
+        "partition_hash": partition.hash,
+    }
+    return Source(module, data, model, description)
+
+
+def read_state(path: Path, head_path: str) -> State:
+    """Read a model's tensors from a file: a plain state dict, one of this library's, or a checkpoint that holds one.
+
+    Args:
+        path: A file of ``torch.save`` or safetensors. A Lightning ``.ckpt`` holds its tensors under ``state_dict``, a
+            checkpoint of a federation under ``state``; nothing in the file is executed.
+        head_path: Where the head sits in the plain model.
+
+    Returns:
+        Tensors named ``backbone.*`` and ``head.*``, as far as names tell.
+
+    Raises:
+        ValueError: If the file is damaged or holds no named tensors.
+    """
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else read_tensors(path)
+    for key in ("state_dict", "state"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ValueError(f"{path} holds no named tensors; expected a state dict, or a Lightning checkpoint with one")
+    state = {str(name): tensor for name, tensor in content.items()}
+    if any(name.startswith("backbone.") for name in state) and any(name.startswith("head.") for name in state):
+        return {name: tensor for name, tensor in state.items() if name.startswith(("backbone.", "head."))}
+    # A LightningModule that keeps its network as self.model puts that before every name.
+    prefixes = {name.partition(".")[0] for name in state}
+    if len(prefixes) == 1 and not any(name.startswith(f"{head_path}.") for name in state):
+        state = {name.partition(".")[2]: tensor for name, tensor in state.items()}
+    try:
+        return import_state_dict(state, head_path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read_safetensors(path: Path) -> State:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
+
+
+def put(module: FederatedModule, state: State, where: str) -> None:
+    """Put a global model into a module.
+
+    Raises:
+        ValueError: If it is another model, naming tensors that differ.
+    """
+    words = difference(state, module.state_dict())
+    if words:
+        raise ValueError(f"{where} is a checkpoint of another model: {words}; give the model it was trained with")
+    load(module, state)
