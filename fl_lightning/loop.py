@@ -251,7 +251,6 @@ class FederatedLoop:
             self.progress.round_ended(self._metrics)
 
     def _updates(self, cohort: Sequence[Client]) -> Iterator[Update]:
-        losses: list[float] = []
         sums: dict[str, list[float]] = {}
         failed = bad = 0
         for outcome in self.executor.run(self._tasks(cohort)):
@@ -284,9 +283,12 @@ class FederatedLoop:
             for callback in self.federated_callbacks:
                 callback.on_update(self, client, update)
             yield update
-        losses = sums.get("train_loss", [])
         self.log({f"fit/{name}": math.fsum(values) / len(values) for name, values in sums.items()})
-        self.log({"clients/trained": len(losses), "clients/failed": failed, "clients/dropped": bad})
+        self.log({"round/trained": len(self._kept)})
+        if self.on_client_error == "skip":
+            self.log({"round/failed": failed})
+        if self.on_bad_update == "drop":
+            self.log({"round/dropped": bad})
         if (failed or bad) and not self._kept:
             log.warning("round %d: no client is left; the model stays as it was", self.round)
 

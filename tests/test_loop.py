@@ -124,8 +124,8 @@ def test_a_bad_client_stops_the_run_or_is_left_out_and_counted(
     if how == "nan":
         run.loop.add_callback("breaks", BreaksBackbone())
     run.fit()
-    assert run.loop.history[0]["clients/trained"] == 2
-    assert run.loop.history[0]["clients/failed" if how == "error" else "clients/dropped"] == 1
+    assert run.loop.history[0]["round/trained"] == 2
+    assert run.loop.history[0]["round/failed" if how == "error" else "round/dropped"] == 1
     assert run.clients[0].personal
     assert not run.clients[1].personal, "a client that is left out keeps what it had"
 

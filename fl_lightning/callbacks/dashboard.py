@@ -62,7 +62,7 @@ class Dashboard(FederatedCallback):
 
         people = [*loop.clients, *loop.unseen]
         counts = torch.stack([client.data.label_counts("train") for client in people])
-        self._show(loop, "partition", draw_partition(counts.numpy(), [c.name for c in people], self.class_names), 0)
+        self._show(loop, "pictures/partition", draw_partition(counts.numpy(), [c.name for c in people], self.class_names), 0)
         writer = self._writer(loop)
         if writer is not None and self.text:
             writer.add_text("configuration", "\n".join(f"    {line}" for line in self.text.splitlines()), 0)
@@ -72,7 +72,7 @@ class Dashboard(FederatedCallback):
         writer = self._writer(loop)
         for row in self.evaluation.client_history:
             if writer is not None and row["round"] == loop.round:
-                writer.add_histogram(f"clients/{row['view']}", torch.tensor(row["values"]), loop.round)
+                writer.add_histogram(f"test_by_client/{row['view']}", torch.tensor(row["values"]), loop.round)
         last = loop.round + 1 == loop.rounds
         if last or (loop.round + 1) % self.every == 0:
             self._draw_rounds(loop)
@@ -86,14 +86,14 @@ class Dashboard(FederatedCallback):
             loop.module.to(loop.local.device)
             load(loop.module, state)
             counts = sum(self._confusion(loop, client, loop.module) for client in loop.clients)
-            name = "confusion/global"
+            name = "pictures/confusion_global"
         else:
             counts = torch.zeros(1)
             for client in loop.clients:
                 loop.module.to(loop.local.device)
                 load(loop.module, loop.personal_state(client))
                 counts = counts + self._confusion(loop, client, loop.module.personal_forward)
-            name = "confusion/personal"
+            name = "pictures/confusion_personal"
         assert isinstance(counts, Tensor)
         self._show(loop, name, draw_confusion(counts.numpy(), self.class_names), loop.round - 1)
 
@@ -106,7 +106,7 @@ class Dashboard(FederatedCallback):
             values = torch.tensor([row["values"] for row in rows])
             names = [client.name for client in loop.clients]
             figure = draw_client_rounds(values.numpy(), [row["round"] for row in rows], names)
-            self._show(loop, f"clients_over_rounds/{view}", figure, loop.round)
+            self._show(loop, f"pictures/clients_over_rounds_{view}", figure, loop.round)
 
     def _confusion(self, loop: FederatedLoop, client: Any, forward: Callable[[Tensor], Tensor]) -> Tensor:
         from fl_lightning.evaluation.predict import predict
@@ -121,7 +121,7 @@ class Dashboard(FederatedCallback):
     def _show(self, loop: FederatedLoop, name: str, figure: Figure, step: int) -> None:
         from fl_lightning.evaluation.figures import save_png, to_array
 
-        save_png(figure, self.folder / f"{name.replace('/', '_')}.png")
+        save_png(figure, self.folder / f"{name.removeprefix('pictures/')}.png")
         writer = self._writer(loop)
         if writer is not None:
             writer.add_image(name, to_array(figure), step, dataformats="HWC")

@@ -134,8 +134,8 @@ def test_client_that_kills_every_worker_is_an_error_of_that_client(tiny_root: Pa
         tiny_root, tmp_path, "executor=processes", "executor.workers=2", "loop.rounds=1", "loop.on_client_error=skip"
     )
     with_callback(run, Saboteur("kill", 0)).fit()
-    assert run.loop.history[0]["clients/failed"] == 1
-    assert run.loop.history[0]["clients/trained"] == 2
+    assert run.loop.history[0]["round/failed"] == 1
+    assert run.loop.history[0]["round/trained"] == 2
     run = federation(tiny_root, tmp_path / "raise", "executor=processes", "executor.workers=2")
     with pytest.raises(RuntimeError, match=f"died {ATTEMPTS} times, at last: killed by SIGKILL"):
         with_callback(run, Saboteur("kill", 0)).fit()
