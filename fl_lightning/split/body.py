@@ -104,7 +104,10 @@ class ServerBody:
 
     def output(self, cut: Cut, activation: Tensor) -> Tensor:
         """Return the body's output for an activation at a client's cut, within the caller's graph."""
-        return run(list(self.blocks)[cut.at - self.start :], activation)
+        return _Run(self._used(cut))(activation)
+
+    def _used(self, cut: Cut) -> nn.ModuleList:
+        return nn.ModuleList(list(self.blocks)[cut.at - self.start :])
 
     @torch.no_grad()
     def copies(self, cut: Cut, base: Tensor) -> Tensor:
@@ -149,7 +152,7 @@ class ServerBody:
             with torch.no_grad():
                 return self.output(cut, activation), copies
         activation = activation.detach().requires_grad_()
-        used = nn.ModuleList(list(self.blocks)[cut.at - self.start :])
+        used = self._used(cut)
         weights = {name: tensor.detach().clone().requires_grad_() for name, tensor in used.named_parameters()}
         with torch.enable_grad():
             output = functional_call(
@@ -185,7 +188,7 @@ class ServerBody:
             outputs.append(waiting.penalty)
             gradients.append(torch.full_like(waiting.penalty, scale))
         torch.autograd.backward(outputs, gradients)
-        used = nn.ModuleList(list(self.blocks)[cut.at - self.start :])
+        used = self._used(cut)
         for name, parameter in used.named_parameters():
             parameter.grad = waiting.weights[name].grad
         self.step()
@@ -220,4 +223,6 @@ class _Run(nn.Module):
         self.blocks = blocks
 
     def forward(self, x: Tensor) -> Tensor:
-        return run(list(self.blocks), x)
+        # The view is a node of its own: the body's gradient is summed up before the alignment's is added, so that the
+        # last bit is the same whether both are in one graph or meet only when a message comes back.
+        return run(list(self.blocks), x.view_as(x))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from fl_lightning.models.gpt import TokenEmbedding
 from fl_lightning.models.model import Model
 from fl_lightning.module import Batch, FederatedModule
 from fl_lightning.split.blocks import chain, run
@@ -69,6 +70,12 @@ class SplitModule(FederatedModule):
     def parts(self, cut: Cut) -> Parts:
         """Return which tensors lie where for a cut."""
         return parts(self.blocks, self.head, self, cut)
+
+    def example_input(self, in_channels: int, image_size: int) -> Tensor:
+        """Return one blank input: an image ``(1, C, H, W)``, or tokens ``(1, T)`` for a language model."""
+        if isinstance(next(iter(self.blocks.values())), TokenEmbedding):
+            return torch.zeros(1, image_size, dtype=torch.int64)
+        return torch.zeros(1, in_channels, image_size, image_size)
 
     def connect(self, exchange: Exchange | None) -> None:
         """Attach the line to the server for a fit, or take it away."""

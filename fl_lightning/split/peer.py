@@ -1,0 +1,110 @@
+"""What the server's and the clients' processes have in common: a configuration, and a model from it."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import ipaddress
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from hydra import compose, initialize_config_dir
+
+import fl_lightning.config as config_schema
+from fl_lightning.command_line import CONF
+from fl_lightning.split.module import SplitModule
+from fl_lightning.split.sharing import SplitSharing
+from fl_lightning.split.split_server import SplitServer
+from fl_lightning.training import build_module
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser of the options that both ends have."""
+    options = argparse.ArgumentParser(
+        description=description,
+        epilog="Everything else is configuration as for train.py, such as method=flexp_sfl model=lenet5 seed=1; "
+        "server and clients must be given the same.",
+    )
+    options.add_argument("--folder", type=Path, required=True, help="where this process keeps its checkpoint")
+    options.add_argument("--max-bytes", type=int, default=256 * 2**20, help="longest message in bytes")
+    options.add_argument("--insecure", action="store_true", help="speak in the clear beyond this machine")
+    options.add_argument("--certificate", type=Path, help="own certificate, PEM")
+    options.add_argument("--key", type=Path, help="key of the own certificate, PEM")
+    options.add_argument("--authority", type=Path, help="certificate of who signed the other end's, PEM")
+    options.add_argument("overrides", nargs="*", help="configuration, as for train.py")
+    return options
+
+
+def read_config(overrides: Sequence[str]) -> dict[str, Any]:
+    """Compose the configuration of train.py.
+
+    Raises:
+        ValueError: If it does not describe split training whose clients keep their parts.
+    """
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = config_schema.plain(compose("train", list(overrides)))
+    if "server" not in (config["callbacks"] or {}):
+        raise ValueError(
+            f"method {config['method'].get('name')} trains no split model; take method=flexp_sfl or method=sl"
+        )
+    return config
+
+
+def make_server(config: dict[str, Any]) -> SplitServer:
+    """Make the settings of the server's half.
+
+    Raises:
+        ValueError: If clients would have to exchange weights, for which the network mode has no message.
+    """
+    sharing = config_schema.instantiate(config["sharing"], "sharing")
+    if not isinstance(sharing, SplitSharing) or sharing.shared:
+        raise ValueError("over the network clients keep their parts; take sharing.shared=[] (method=flexp_sfl or sl)")
+    server = config_schema.instantiate(config["callbacks"]["server"], "callbacks.server")
+    assert isinstance(server, SplitServer)
+    return server
+
+
+def make_module(config: dict[str, Any], num_classes: int, in_channels: int, image_size: int) -> SplitModule:
+    """Make the model with the initial weights that every process of the run derives from the seed."""
+    shape = SimpleNamespace(num_classes=num_classes, in_channels=in_channels, image_size=image_size)
+    return cast(SplitModule, build_module(config, cast(Any, shape)))
+
+
+def fingerprint(config: dict[str, Any], module: SplitModule) -> str:
+    """Return a hash of what both ends must have in common: the method, the seed, the model's blocks and shapes."""
+    shapes = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
+    what = [
+        config["method"], config["seed"], config["model"], config["module"], config["callbacks"]["server"],
+        config["trainer"].get("precision"), list(module.blocks), shapes,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def require_safety(address: str, encrypted: bool, insecure: bool) -> None:
+    """Refuse to send activations in the clear to another machine, unless that is asked for.
+
+    Raises:
+        ValueError: If the address is not this machine and there is no TLS.
+    """
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = False
+    if not (local or encrypted or insecure):
+        raise ValueError(
+            f"{address} is not this machine, and activations tell about the data: give --certificate, --key and "
+            "--authority for TLS, or --insecure to speak in the clear"
+        )
+
+
+def prepare() -> None:
+    """Set up a process: quiet logs, one thread, as in the federated loop."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("lightning").setLevel(logging.ERROR)
+    torch.set_num_threads(1)

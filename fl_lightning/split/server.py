@@ -1,0 +1,104 @@
+"""The server's process: ``python -m fl_lightning.split.server``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+
+import grpc
+
+from fl_lightning.split.body import ServerBody
+from fl_lightning.split.latency import LatencyModel
+from fl_lightning.split.peer import fingerprint, make_module, make_server, parser, prepare, read_config, require_safety
+from fl_lightning.split.profile import profile_model
+from fl_lightning.split.service import SplitService, start
+
+log = logging.getLogger(__name__)
+
+
+def build(options: argparse.Namespace) -> SplitService:
+    """Make the service from the command line's options."""
+    config = read_config(options.overrides)
+    server = make_server(config)
+    module = make_module(config, options.classes, options.channels, options.size)
+    x = module.example_input(options.channels, options.size)
+    latency = LatencyModel(
+        profile_model(module.blocks, module.head, x),
+        config["data"]["batch_size"],
+        server.server_flops_per_second,
+        server.alignment.place,
+    )
+    cuts = {
+        client: server.policy.choose(
+            client, server.profiles[client % len(server.profiles)], latency, module.start, module.end
+        )
+        for client in range(options.clients)
+    }
+    make_optimizer = server.make_optimizer or module.optimizer
+    body = ServerBody(module.blocks, module, module.start, module.end, make_optimizer, server.alignment, server.clip)
+    return SplitService(
+        body,
+        cuts,
+        fingerprint(config, module),
+        options.folder / "server.pt",
+        options.save_every,
+        sequential=options.schedule == "sequential",
+        patience=options.patience,
+        keep_optimizer=server.keep_optimizer,
+        precision=config["trainer"].get("precision", "32-true"),
+        max_bytes=options.max_bytes,
+    )
+
+
+def credentials(options: argparse.Namespace) -> grpc.ServerCredentials | None:
+    """Return what TLS needs; with an authority, clients must show a certificate that it signed.
+
+    Raises:
+        ValueError: If only one of certificate and key is given.
+    """
+    if (options.certificate is None) != (options.key is None):
+        raise ValueError("--certificate and --key belong together")
+    if options.certificate is None:
+        return None
+    pair = (options.key.read_bytes(), options.certificate.read_bytes())
+    authority = options.authority.read_bytes() if options.authority else None
+    return grpc.ssl_server_credentials([pair], authority, require_client_auth=authority is not None)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Serve until all clients have finished, or until told to stop; the checkpoint stays."""
+    options = parser("The server of split training.")
+    options.add_argument("--address", default="127.0.0.1:50051", help="host:port to listen at; port 0 takes a free one")
+    options.add_argument("--clients", type=int, required=True, help="number of clients")
+    options.add_argument("--classes", type=int, required=True, help="classes of the data, or size of the vocabulary")
+    options.add_argument("--channels", type=int, default=3, help="channels of an image; 1 for tokens")
+    options.add_argument("--size", type=int, default=32, help="height of an image, or tokens of a sequence")
+    options.add_argument("--save-every", type=int, default=1, help="steps of the body between two checkpoints")
+    options.add_argument("--patience", type=float, default=60.0, help="seconds until a silent client is passed over")
+    options.add_argument("--schedule", choices=["sequential", "asynchronous"], default="sequential")
+    chosen = options.parse_args(arguments)
+    prepare()
+    try:
+        encryption = credentials(chosen)
+        require_safety(chosen.address, encryption is not None, chosen.insecure)
+        service = build(chosen)
+        server, port = start(service, chosen.address, encryption)
+    except (ValueError, TypeError, OSError) as error:
+        sys.exit(f"error: {error}")
+    told = threading.Event()
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, lambda *_: told.set())
+    print(f"serving {chosen.clients} clients at {chosen.address.rpartition(':')[0]}:{port}", flush=True)
+    while not told.wait(0.2):
+        if len(service.finished) == chosen.clients:
+            break
+    server.stop(grace=1.0).wait()
+    print(f"served {service.steps} steps, {service.traffic.up} bytes up and {service.traffic.down} down", flush=True)
+
+
+if __name__ == "__main__":
+    main()
