@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fl_lightning.data.image_files import ImageFiles, fit_square, read_image
+from tests.data.made import write_image
+
+
+def test_an_image_is_read_as_it_was_written(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert np.array_equal(read_image(tmp_path / "a.png", 3, 6).permute(1, 2, 0).numpy(), pixels)
+    grey = read_image(tmp_path / "a.png", 1, 6)
+    assert grey.shape == (1, 6, 6)
+    expected = pixels @ np.array([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow documents
+    assert np.abs(grey[0].numpy() - expected).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
+def test_other_kinds_of_images_become_colour(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    Image.new("RGB", (4, 4), (255, 255, 255)).convert(mode).save(path)
+    assert (read_image(path, 3, 4) >= 254).all()
+
+
+def test_crop_keeps_the_centre_and_squash_keeps_all() -> None:
+    image = torch.zeros(1, 4, 12, dtype=torch.uint8)
+    image[..., :4], image[..., 4:8], image[..., 8:] = 10, 20, 30
+    assert (fit_square(image, 4, "crop") == 20).all()
+    squashed = fit_square(image, 4, "squash")
+    assert squashed[0, 0, 0] < 15
+    assert squashed[0, 0, 3] > 25
+
+
+def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"a.png' does not exist"):
+        read_image(tmp_path / "a.png", 3, 4)
+    (tmp_path / "a.png").write_text("not an image")
+    with pytest.raises(ValueError, match=r"a.png' is truncated or not an image"):
+        read_image(tmp_path / "a.png", 3, 4)
+    with pytest.raises(FileNotFoundError, match=r"b.png' does not exist"):
+        ImageFiles(["b.png"], torch.zeros(1).long(), tmp_path)
+    with pytest.raises(ValueError, match="got 1 files and 2 labels"):
+        ImageFiles(["b.png"], torch.zeros(2).long(), tmp_path)
+
+
+def test_fingerprint_follows_names_sizes_and_labels(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        write_image(tmp_path / name)
+
+    def fingerprint(paths: list[str], labels: list[int]) -> str:
+        return ImageFiles(paths, torch.tensor(labels), tmp_path).fingerprint()
+
+    first = fingerprint(["a.png", "b.png"], [0, 1])
+    assert fingerprint(["a.png", "b.png"], [0, 1]) == first
+    assert fingerprint(["a.png", "b.png"], [0, 0]) != first
+    assert fingerprint(["b.png", "a.png"], [0, 1]) != first
+    write_image(tmp_path / "a.png", 1, width=100)
+    assert fingerprint(["a.png", "b.png"], [0, 1]) != first
