@@ -23,7 +23,7 @@ from fl_lightning.config import instantiate, instantiate_dict, plain
 from fl_lightning.data.federated_data import FederatedData
 from fl_lightning.data.partition import Partition
 from fl_lightning.evaluation.federated_evaluation import FederatedEvaluation
-from fl_lightning.evaluation.predict import Scores
+from fl_lightning.evaluation.predict import Scores, evaluating
 from fl_lightning.evaluation.results import MetricsTable, build_results, client_entries, write_json
 from fl_lightning.evaluation.tables import plain_table
 from fl_lightning.loop import FederatedLoop
@@ -118,7 +118,7 @@ def assemble(config: Mapping[str, Any], run_folder: RunFolder) -> Federation:
 
 
 def build_module(config: Mapping[str, Any], data: FederatedData) -> FederatedModule:
-    """Make the model for some data, from the run's seed, and try it on two blank images.
+    """Make the model for some data, from the run's seed, and try it on a few of its examples.
 
     Raises:
         ValueError: If the model cannot take the data's images.
@@ -138,6 +138,18 @@ def build_module(config: Mapping[str, Any], data: FederatedData) -> FederatedMod
             model=model,
             optimizer=instantiate(config["optimizer"], "optimizer"),
             scheduler=instantiate(config["scheduler"], "scheduler"),
+        )
+    x = next(iter(data.clients[0].eval_dataloader("train")))[0][:2]
+    try:
+        with evaluating(module), torch.inference_mode():
+            shape = tuple(module(x).shape)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(
+            f"the model cannot take the data's examples of shape {tuple(x.shape[1:])}: {error}; choose another model"
+        ) from error
+    if shape != (len(x), data.num_classes):
+        raise ValueError(
+            f"the model answers with shape {shape}; expected (examples, classes) {(len(x), data.num_classes)}"
         )
     return module
 
