@@ -1,0 +1,94 @@
+"""A training of their own that clients add to what the rounds gave them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from lightning.pytorch import Callback
+from typing_extensions import override
+
+from fl_lightning.callback import FederatedCallback
+from fl_lightning.local import LocalTraining
+from fl_lightning.state import State
+
+if TYPE_CHECKING:
+    from fl_lightning.client import Client
+    from fl_lightning.loop import FederatedLoop
+
+When = Literal["end", "evaluation"]
+Who = Literal["clients", "unseen"]
+
+
+class FineTuning(FederatedCallback):
+    """Lets every client train on from the model that it would be given, and has the result scored as its personal one.
+
+    Nothing of it flows back: the rounds are bit-identical with and without. What the rounds logged is the score before,
+    what ``results.json`` calls personal the score after, and ``in_round`` in it repeats the score before.
+
+    Args:
+        epochs: Length in epochs, at least 0; at 0, and with no ``steps``, nothing happens.
+        steps: Length in optimizer steps instead.
+        callbacks: Callbacks of this training alone, by name, such as a :class:`FreezeSchedule` that trains the head or
+            sets a learning rate. Those of the rounds do not take part.
+        when: ``end``: once, after the last round. ``evaluation``: for every evaluation, so that what is scored, and
+            what validation chooses, is the model after it.
+        who: ``clients``, or ``unseen`` for those that never took part; they start from the global model.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        epochs: int = 0,
+        steps: int = 0,
+        callbacks: Mapping[str, Callback] | None = None,
+        when: When = "end",
+        who: Who = "clients",
+    ) -> None:
+        if epochs < 0 or steps < 0 or (epochs and steps):
+            raise ValueError(f"fine-tuning lasts for epochs or for steps, at least 0, got {epochs} and {steps}")
+        if when not in get_args(When):
+            raise ValueError(f"`when` of fine-tuning must be end or evaluation, got {when!r}")
+        if who not in get_args(Who):
+            raise ValueError(f"`who` of fine-tuning must be clients or unseen, got {who!r}")
+        self.epochs = epochs
+        self.steps = steps
+        self.callbacks = dict(callbacks or {})
+        self.when = when
+        self.who = who
+
+    def _people(self, loop: FederatedLoop) -> list[Client]:
+        return loop.unseen if self.who == "unseen" else loop.clients
+
+    @override
+    def stage(self, local: LocalTraining) -> LocalTraining | None:
+        if not self.epochs and not self.steps:
+            return None
+        length = {"max_epochs": self.epochs or -1, "max_steps": self.steps or -1}
+        stage = LocalTraining(partial(local.trainer, **length))
+        for name, callback in self.callbacks.items():
+            if isinstance(callback, FederatedCallback):
+                callback.name = f"{self.name}.{name}"
+        stage.callbacks = list(self.callbacks.values())
+        return stage
+
+    @override
+    def on_federation_start(self, loop: FederatedLoop) -> None:
+        self._basis: Any = None
+        self._models: dict[int, State] = {}
+
+    @override
+    def personalizes(self, loop: FederatedLoop, client: Client) -> bool:
+        ripe = self.when == "evaluation" or loop.round >= loop.rounds
+        return ripe and bool(self.epochs or self.steps) and any(client is other for other in self._people(loop))
+
+    @override
+    def personal_state(self, loop: FederatedLoop, client: Client) -> State:
+        # One state of the server, one training: it is scored on several splits, client by client.
+        if self._basis is not loop.state:
+            self._models = loop.run_stage(self.name, self._people(loop))
+            self._basis = loop.state
+        return self._models[client.id]

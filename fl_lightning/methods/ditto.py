@@ -1,0 +1,77 @@
+"""Ditto: a personal model that a proximal term ties to the global one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from fl_lightning.callbacks.proximal_penalty import refuse_scaled_gradients
+from fl_lightning.methods.two_models import TwoModels
+from fl_lightning.models.model import Model
+from fl_lightning.module import Batch, with_value_of
+
+
+class Ditto(TwoModels):
+    r"""Trains the global model as FedAvg does, and a personal one by
+    :math:`v_k \leftarrow v_k - \eta (\nabla F_k(v_k) + \lambda (v_k - w_t))`.
+
+    Li, Hu, Beirami, Smith, Ditto: Fair and Robust Federated Learning Through Personalization, ICML 2021,
+    https://arxiv.org/abs/2012.04221. :math:`w_t` is the global model as it was received. As in the authors' code both
+    models take their step on the same batch. The pull is added when Lightning has unscaled gradients and has not yet
+    clipped them.
+
+    Args:
+        model: As in :class:`FederatedModule`.
+        optimizer: As there.
+        scheduler: As there.
+        label_smoothing: As there.
+        lam: Weight of the tie, at least 0. At 0 the personal model is trained locally alone, to the bit.
+
+    Raises:
+        ValueError: If ``lam`` is negative.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer],
+        scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+        label_smoothing: float = 0.0,
+        lam: float = 1.0,
+    ) -> None:
+        super().__init__(model, optimizer, scheduler, label_smoothing)
+        if not lam >= 0:
+            raise ValueError(f"module.lam must be at least 0, got {lam}")
+        self.lam = lam
+
+    @override
+    def loss(self, batch: Batch) -> Tensor:
+        x, y = batch
+        personal = functional.cross_entropy(self.personal(x), y, label_smoothing=self.label_smoothing)
+        return with_value_of(super().loss(batch), personal)
+
+    @override
+    def on_train_start(self) -> None:
+        refuse_scaled_gradients(self, self.trainer)
+        self._received = {
+            name: self.get_parameter(name).detach().clone() for name, _ in self.personal.named_parameters()
+        }
+
+    @override
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if not self.lam:
+            return
+        with torch.no_grad():
+            for name, v in self.personal.named_parameters():
+                if v.grad is not None:
+                    v.grad.add_(v - self._received[name], alpha=self.lam)
+
+    @override
+    def on_train_end(self) -> None:
+        self._received = {}

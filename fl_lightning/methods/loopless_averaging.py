@@ -1,0 +1,113 @@
+"""L2GD: a coin decides whether clients train or move towards their mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from typing_extensions import override
+
+from fl_lightning.callback import FederatedCallback
+from fl_lightning.seeding import derive_seed
+from fl_lightning.state import RunningMean, State, snapshot
+
+if TYPE_CHECKING:
+    from fl_lightning.client import Broadcast, Client, Update
+    from fl_lightning.loop import FederatedLoop
+    from fl_lightning.module import FederatedModule
+
+PREFIX = "mean|"
+
+
+class LooplessAveraging(FederatedCallback):
+    r"""Minimises :math:`\frac1n \sum_i f_i(x_i) + \frac{\lambda}{2n} \sum_i \lVert x_i - \bar x \rVert^2` without a
+    fixed number of local steps.
+
+    Hanzely, Richtarik, Federated Learning of a Mixture of Global and Local Models, 2020,
+    https://arxiv.org/abs/2002.05516. A round is an iteration. With probability :math:`1 - p` all clients train, in
+    the paper one step of size :math:`\alpha / (n (1 - p))`, which here is the optimizer's rate; else
+    :math:`x_i \leftarrow (1 - c) x_i + c \bar x` with :math:`c = \alpha \lambda / (n p) = lr\,\lambda\,(1 - p) / p`.
+    Averaging leaves the mean as it is, so models travel only where an averaging round follows a training round. At
+    ``p=0`` clients train alone.
+
+    Args:
+        p: Probability of averaging, in [0, 1).
+        lam: Weight of the tie to the mean, at least 0.
+        lr: The optimizer's learning rate.
+        seed: The run's seed: server and clients toss the same coin without a message.
+
+    Raises:
+        ValueError: If an argument is out of its range, or c would exceed 1/2.
+    """
+
+    def __init__(self, p: float = 0.2, lam: float = 1.0, lr: float = 0.05, seed: int = 0) -> None:
+        if not 0 <= p < 1:
+            raise ValueError(f"`p` of loopless averaging must lie in [0, 1), got {p}")
+        if not lam >= 0:
+            raise ValueError(f"`lam` of loopless averaging must be at least 0, got {lam}")
+        self.step = lr * lam * (1 - p) / p if p else 0.0
+        if self.step > 0.5:
+            raise ValueError(f"lr * lam * (1 - p) / p must be at most 1/2, got {self.step:g}; lower lam or raise p")
+        self.p = p
+        self.seed = seed
+        self.mean: State = {}
+
+    def averages(self, round: int) -> bool:
+        """Tell whether a round averages; the same everywhere."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "coin", round))
+        return bool(torch.rand(1, generator=generator) < self.p)
+
+    @override
+    def on_federation_start(self, loop: FederatedLoop) -> None:
+        if loop.cohort.size(len(loop.clients)) < len(loop.clients) or loop.cohort.availability < 1:
+            raise ValueError("loopless averaging needs all clients in every round; set cohort.fraction=1")
+
+    @override
+    def on_round_start(self, loop: FederatedLoop, cohort: Sequence[Client]) -> None:
+        self._sum = RunningMean()
+
+    @override
+    def on_broadcast(self, loop: FederatedLoop, client: Client, broadcast: Broadcast) -> None:
+        broadcast.train = not self.averages(loop.round)
+        if not broadcast.train and loop.round and not self.averages(loop.round - 1):
+            broadcast.extra.update(self.mean)
+
+    @override
+    def on_client_start(self, client: Client, module: FederatedModule, broadcast: Broadcast) -> None:
+        self._round = broadcast.round
+        if broadcast.train:
+            for name in [name for name in client.memory if name.startswith(PREFIX)]:
+                del client.memory[name]
+            return
+        # A second averaging round in a row needs no message: the mean has not changed.
+        client.memory.update({PREFIX + name: tensor for name, tensor in broadcast.extra.items()})
+        with torch.no_grad():
+            for name, tensor in module.state_dict().items():
+                if PREFIX + name in client.memory and tensor.is_floating_point():
+                    tensor.lerp_(client.memory[PREFIX + name].to(tensor), self.step)
+
+    @override
+    def on_client_end(self, client: Client, module: FederatedModule, update: Update) -> None:
+        if self.averages(self._round + 1) and not self.averages(self._round):
+            update.extra.update(snapshot(module.state_dict()))
+
+    @override
+    def on_update(self, loop: FederatedLoop, client: Client, update: Update) -> None:
+        self._sum.add(update.extra, 1.0)
+
+    @override
+    def on_aggregate_end(self, loop: FederatedLoop) -> None:
+        self.mean = self._sum.compute() or self.mean
+
+    @override
+    def global_state(self, loop: FederatedLoop) -> State:
+        return self.mean or loop.local.initial
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.mean = dict(state_dict["mean"])

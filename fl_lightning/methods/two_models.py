@@ -1,0 +1,64 @@
+"""A second model at each client, beside the global one."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from typing_extensions import override
+
+from fl_lightning.models.model import Model
+from fl_lightning.module import FederatedModule
+from fl_lightning.state import State
+
+
+class TwoModels(FederatedModule):
+    """Holds a personal copy of the whole model, named ``personal.*``, that begins as the global one does.
+
+    One optimizer trains both. What must not couple them is kept apart: a gradient of either reaches that one alone,
+    and clipping measures each by itself. In the configuration, ``sharing.personal`` keeps the copy at the client.
+
+    Args:
+        model: As in :class:`FederatedModule`.
+        optimizer: As there.
+        scheduler: As there.
+        label_smoothing: As there.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer],
+        scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__(model, optimizer, scheduler, label_smoothing)
+        parts = OrderedDict(backbone=copy.deepcopy(model.backbone), head=copy.deepcopy(model.head))
+        self.personal = nn.Sequential(parts)
+
+    @override
+    def personal_forward(self, x: Tensor) -> Tensor:
+        return self.personal(x)
+
+    @override
+    def start_from(self, state: State) -> None:
+        super().start_from(state)
+        self.personal.load_state_dict(state)
+
+    @override
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if not gradient_clip_val:
+            return
+        clip = clip_grad_value_ if gradient_clip_algorithm == "value" else clip_grad_norm_
+        for parts in ([self.backbone, self.head], [self.personal]):
+            clip([p for part in parts for p in part.parameters()], gradient_clip_val)
