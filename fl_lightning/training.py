@@ -123,22 +123,7 @@ def build_module(config: Mapping[str, Any], data: FederatedData) -> FederatedMod
     Raises:
         ValueError: If the model cannot take the data's images.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(config["seed"], "initial weights"))
-        model = instantiate(
-            config["model"],
-            "model",
-            num_classes=data.num_classes,
-            in_channels=data.in_channels,
-            image_size=data.image_size,
-        )
-        module: FederatedModule = instantiate(
-            config["module"],
-            "module",
-            model=model,
-            optimizer=instantiate(config["optimizer"], "optimizer"),
-            scheduler=instantiate(config["scheduler"], "scheduler"),
-        )
+    module = new_module(config, data.num_classes, data.in_channels, data.image_size)
     x = next(iter(data.clients[0].eval_dataloader("train")))[0][:2]
     try:
         with evaluating(module), torch.inference_mode():
@@ -150,6 +135,23 @@ def build_module(config: Mapping[str, Any], data: FederatedData) -> FederatedMod
     if shape != (len(x), data.num_classes):
         raise ValueError(
             f"the model answers with shape {shape}; expected (examples, classes) {(len(x), data.num_classes)}"
+        )
+    return module
+
+
+def new_module(config: Mapping[str, Any], num_classes: int, in_channels: int, image_size: int) -> FederatedModule:
+    """Make the model with the initial weights that follow from the run's seed: the same in every process."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config["seed"], "initial weights"))
+        model = instantiate(
+            config["model"], "model", num_classes=num_classes, in_channels=in_channels, image_size=image_size
+        )
+        module: FederatedModule = instantiate(
+            config["module"],
+            "module",
+            model=model,
+            optimizer=instantiate(config["optimizer"], "optimizer"),
+            scheduler=instantiate(config["scheduler"], "scheduler"),
         )
     return module
 

@@ -26,9 +26,10 @@ from fl_lightning.module import FederatedModule
 from fl_lightning.split.alignment import Alignment
 from fl_lightning.split.cut import Cut
 from fl_lightning.split.module import SplitModule
-from fl_lightning.split.peer import fingerprint, make_module, make_server, parser, prepare, read_config, require_safety
+from fl_lightning.split.peer import fingerprint, make_server, parser, prepare, read_config, require_safety
 from fl_lightning.split.remote import Line, NetworkExchange
 from fl_lightning.state import load, snapshot
+from fl_lightning.training import new_module
 
 log = logging.getLogger(__name__)
 FORMAT = "fl_lightning split client 1"
@@ -76,7 +77,9 @@ class RemoteClient:
         if len(data.clients) > 1 and client_id >= len(data.clients):
             raise ValueError(f"the data has {len(data.clients)} clients, so there is none with the number {client_id}")
         own = data.clients[0] if len(data.clients) == 1 else data.clients[client_id]
-        self.module = make_module(config, data.num_classes, data.in_channels, data.image_size)
+        module = new_module(config, data.num_classes, data.in_channels, data.image_size)
+        assert isinstance(module, SplitModule)
+        self.module = module
         self.client, self.line, self.poll = Client(client_id, own), line, poll
         self.checkpoint, self.results = folder / "client.pt", folder / "results.json"
         self.rounds, self.round = config["loop"]["rounds"], 0

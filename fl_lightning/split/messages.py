@@ -57,7 +57,8 @@ def decode(data: bytes, names: frozenset[str], max_bytes: int = MAX_BYTES) -> tu
     if len(data) > max_bytes:
         raise MessageError(f"a message of {len(data)} bytes is longer than the {max_bytes} that are accepted")
     try:
-        tensors = safetensors.torch.load(data)
+        # Copied, because a tensor inside a message begins anywhere, and kernels round by where memory begins.
+        tensors = {name: tensor.clone() for name, tensor in safetensors.torch.load(data).items()}
         length = int.from_bytes(data[:8], "little")
         header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["header"])
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -9,8 +9,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -20,7 +19,6 @@ from fl_lightning.command_line import CONF
 from fl_lightning.split.module import SplitModule
 from fl_lightning.split.sharing import SplitSharing
 from fl_lightning.split.split_server import SplitServer
-from fl_lightning.training import build_module
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -67,12 +65,6 @@ def make_server(config: dict[str, Any]) -> SplitServer:
     server = config_schema.instantiate(config["callbacks"]["server"], "callbacks.server")
     assert isinstance(server, SplitServer)
     return server
-
-
-def make_module(config: dict[str, Any], num_classes: int, in_channels: int, image_size: int) -> SplitModule:
-    """Make the model with the initial weights that every process of the run derives from the seed."""
-    shape = SimpleNamespace(num_classes=num_classes, in_channels=in_channels, image_size=image_size)
-    return cast(SplitModule, build_module(config, cast(Any, shape)))
 
 
 def fingerprint(config: dict[str, Any], module: SplitModule) -> str:

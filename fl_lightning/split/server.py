@@ -13,9 +13,11 @@ import grpc
 
 from fl_lightning.split.body import ServerBody
 from fl_lightning.split.latency import LatencyModel
-from fl_lightning.split.peer import fingerprint, make_module, make_server, parser, prepare, read_config, require_safety
+from fl_lightning.split.module import SplitModule
+from fl_lightning.split.peer import fingerprint, make_server, parser, prepare, read_config, require_safety
 from fl_lightning.split.profile import profile_model
 from fl_lightning.split.service import SplitService, start
+from fl_lightning.training import new_module
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +26,8 @@ def build(options: argparse.Namespace) -> SplitService:
     """Make the service from the command line's options."""
     config = read_config(options.overrides)
     server = make_server(config)
-    module = make_module(config, options.classes, options.channels, options.size)
+    module = new_module(config, options.classes, options.channels, options.size)
+    assert isinstance(module, SplitModule)
     x = module.example_input(options.channels, options.size)
     latency = LatencyModel(
         profile_model(module.blocks, module.head, x),
