@@ -285,7 +285,8 @@ def log_hyperparameters(loop: FederatedLoop, config: Mapping[str, Any], numbers:
 
 def result_table(results: Mapping[str, Any]) -> str:
     """Return the results of a run as text for a terminal."""
-    rows = [{"model": view, **results[view]} for view in ("global", "personal", "unseen") if results[view] is not None]
+    views = ("global", "personal", "unseen", "unseen_personal")
+    rows = [{"model": view, **results[view]} for view in views if results[view] is not None]
     title = (
         f"{results['method']}, {results['rounds']} rounds, seed {results['seed']}: test {results['metric']} "
         f"(model of round {results['best_round']}, {results['kept']})"

@@ -68,7 +68,10 @@ class FineTuning(FederatedCallback):
         if not self.epochs and not self.steps:
             return None
         length = {"max_epochs": self.epochs or -1, "max_steps": self.steps or -1}
-        stage = LocalTraining(partial(local.trainer, **length))
+        make = local.trainer
+        # Hydra's partial is a subclass, which does not merge with another: the call is written out.
+        known = (make.func, make.args, make.keywords) if isinstance(make, partial) else (make, (), {})
+        stage = LocalTraining(partial(known[0], *known[1], **{**known[2], **length}))
         for name, callback in self.callbacks.items():
             if isinstance(callback, FederatedCallback):
                 callback.name = f"{self.name}.{name}"

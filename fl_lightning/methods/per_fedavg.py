@@ -24,8 +24,8 @@ class MetaLoss(FederatedModule):
     https://arxiv.org/abs/2002.07948. With :math:`\tilde w = w - \alpha \nabla f(w; D)` and
     :math:`g = \nabla f(\tilde w; D')`, a step goes along :math:`g` (first), along
     :math:`g - \alpha [\nabla f(w + \delta g; D'') - \nabla f(w - \delta g; D'')] / 2 \delta` (Hessian-free), or
-    along the exact gradient through :math:`\tilde w` (second). The parts of each batch are D, D' and D''; a batch too small to
-    be cut serves as all of them. Fine-tuning stages use the plain loss.
+    along the exact gradient through :math:`\tilde w` (second). The parts of each batch are D, D' and D''; a batch too
+    small to be cut serves as all of them. Fine-tuning stages use the plain loss.
 
     Args:
         model: As in :class:`FederatedModule`.

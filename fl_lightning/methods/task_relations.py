@@ -29,11 +29,11 @@ class TaskRelations(FederatedCallback):
 
     After Smith, Chiang, Sanjabi, Talwalkar, Federated Multi-Task Learning (MOCHA), NeurIPS 2017,
     https://arxiv.org/abs/1705.10467. MOCHA solves this for linear models in the dual; the reading built here steps
-    along the primal gradient :math:`\lambda \sum_s \Omega_{ts} d_s`, which any model has, the others' columns as they were
-    last heard. ``learned`` takes :math:`\Sigma = (D^\top D)^{1/2} / \mathrm{tr}` from Zhang, Yeung, A Convex
-    Formulation for Learning Task Relationships in Multi-Task Learning, UAI 2010, and
-    :math:`\Omega = (m \Sigma + \epsilon I)^{-1}`; ``mean`` is :math:`I - 11^\top / m`. Models go up, and one model
-    each comes down: the others' pull.
+    along the primal gradient :math:`\lambda \sum_s \Omega_{ts} d_s`, which any model has, the others' columns as
+    they were last heard. ``learned`` takes :math:`\Sigma = (D^\top D)^{1/2} / \mathrm{tr}` from Zhang, Yeung, A
+    Convex Formulation for Learning Task Relationships in Multi-Task Learning, UAI 2010, and :math:`\Omega = (m
+    \Sigma + \epsilon I)^{-1}`; ``mean`` is :math:`I - 11^\top / m`. Models go up, and one model each comes down:
+    the others' pull.
 
     Args:
         lam: Weight of the tie, at least 0. At 0 clients train alone, to the bit.
