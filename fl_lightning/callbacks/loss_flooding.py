@@ -7,6 +7,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from fl_lightning.callback import FederatedCallback
+from fl_lightning.module import FederatedModule
 
 
 class LossFlooding(FederatedCallback):
@@ -34,11 +35,13 @@ class LossFlooding(FederatedCallback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._trainer = trainer
+        assert isinstance(pl_module, FederatedModule)
+        self._trainer: Trainer | None = trainer
         pl_module.loss_transforms.append(self.flood)
 
     def flood(self, loss: Tensor) -> Tensor:
         """Return the flooded loss of one batch."""
+        assert self._trainer is not None
         if self._trainer.current_epoch < self.from_epoch:
             return loss
         return (loss - self.level).abs() + self.level
@@ -52,6 +55,7 @@ class LossFlooding(FederatedCallback):
         self._remove(pl_module)
 
     def _remove(self, module: LightningModule) -> None:
+        assert isinstance(module, FederatedModule)
         if self.flood in module.loss_transforms:
             module.loss_transforms.remove(self.flood)
         self._trainer = None

@@ -14,6 +14,7 @@ from typing_extensions import override
 from fl_lightning.callback import FederatedCallback
 from fl_lightning.callbacks.proximal_penalty import refuse_scaled_gradients
 from fl_lightning.evaluation.predict import evaluating
+from fl_lightning.module import FederatedModule
 from fl_lightning.state import match
 
 Score = Literal["snip", "gradient", "magnitude", "random"]
@@ -23,10 +24,10 @@ Scope = Literal["global", "tensor"]
 class SparseMask(FederatedCallback):
     r"""Chooses a share of the weights at the start of a fit; the others stay what they were, to the bit.
 
-    With the score :math:`|g \odot w|`, where g is the gradient of the loss over all of the client's training data, this is
+    With the score :math:`|g \odot w|`, g being the gradient of the loss over all of the client's training data, this is
     the criterion of Lee, Ajanthan, Torr, SNIP: Single-shot Network Pruning based on Connection Sensitivity, ICLR 2019,
-    https://arxiv.org/abs/1810.02340, equation (4), but weights are kept where SNIP removes them: what is sparse is the
-    change. Gradients of masked weights are set to 0 before clipping, so that only moving weights count in the norm, and
+    https://arxiv.org/abs/1810.02340, but weights are kept where SNIP removes them: what is sparse is the change.
+    Gradients of masked weights are set to 0 before clipping, so that only moving weights count in the norm, and
     after each step masked weights are put back, since momentum and weight decay move them without a gradient. The
     score is taken in eval mode, so that it depends on neither dropout nor the batches, and changes no statistics.
 
@@ -73,11 +74,12 @@ class SparseMask(FederatedCallback):
         if self.density == 1:
             return
         weights = self._maskable(pl_module)
+        assert isinstance(pl_module, FederatedModule)
         scores = self._scores(pl_module, weights, trainer.datamodule)  # type: ignore[attr-defined]
         self._masks = top_masks(scores, self.density, self.scope)
         self._start = {name: weight.detach().clone() for name, weight in weights.items()}
 
-    def _scores(self, module: LightningModule, weights: dict[str, Tensor], data: Any) -> dict[str, Tensor]:
+    def _scores(self, module: FederatedModule, weights: dict[str, Tensor], data: Any) -> dict[str, Tensor]:
         if self.score == "magnitude":
             return {name: weight.detach().abs() for name, weight in weights.items()}
         if self.score == "random":
@@ -117,7 +119,7 @@ class SparseMask(FederatedCallback):
         self._masks, self._start = {}, {}
 
 
-def data_gradient(module: LightningModule, weights: dict[str, Tensor], data: Any) -> dict[str, Tensor]:
+def data_gradient(module: FederatedModule, weights: dict[str, Tensor], data: Any) -> dict[str, Tensor]:
     """Return the gradient of the mean loss over all training examples of a client, in eval mode.
 
     Args:

@@ -14,8 +14,9 @@ from typing_extensions import override
 from fl_lightning.callback import FederatedCallback
 from fl_lightning.callbacks.proximal_penalty import refuse_scaled_gradients
 from fl_lightning.client import Broadcast, Client
-from fl_lightning.local import Fit
+from fl_lightning.local import Engine, Fit
 from fl_lightning.methods.soup import SoupTraining, blend, mean
+from fl_lightning.module import FederatedModule
 from fl_lightning.state import State
 
 
@@ -37,6 +38,7 @@ class LocalSuperiorSoup(SoupTraining):
     Args:
         trainer: As in :class:`LocalTraining`; the length is that of *each* model.
         validate: As in :class:`LocalTraining`.
+        engine: As in :class:`LocalTraining`.
         models: Number of models trained, at least 1. The paper takes 4.
         affinity: Weight :math:`\lambda_a` of the pull to the model that came, at least 0. The paper takes 3.
         diversity: Weight :math:`\lambda_d` of the push from the other models, at least 0. The paper takes 3.
@@ -51,6 +53,7 @@ class LocalSuperiorSoup(SoupTraining):
         self,
         trainer: Callable[..., Trainer],
         validate: bool = False,
+        engine: Engine = "auto",
         models: int = 3,
         affinity: float = 0.0,
         diversity: float = 0.0,
@@ -61,7 +64,7 @@ class LocalSuperiorSoup(SoupTraining):
         for name, value in (("affinity", affinity), ("diversity", diversity)):
             if not value >= 0:
                 raise ValueError(f"`{name}` must be at least 0, got {value}")
-        super().__init__(trainer, validate, ingredients=models)
+        super().__init__(trainer, validate, engine, ingredients=models)
         self.affinity = affinity
         self.diversity = diversity
         self.with_start = with_start
@@ -116,6 +119,7 @@ class PoolMixing(FederatedCallback):
         self._own: list[Tensor] = []
         self._share = 1.0
         self._generator = torch.Generator().manual_seed(torch.initial_seed())
+        assert isinstance(pl_module, FederatedModule)
         pl_module.loss_transforms.append(self._scale)
 
     def _scale(self, loss: Tensor) -> Tensor:
@@ -126,10 +130,10 @@ class PoolMixing(FederatedCallback):
         if not self._pool:
             return
         # Spacings of exponential variables are uniform on the simplex.
-        shares = torch.empty(len(self._pool) + 1).exponential_(generator=self._generator)
-        shares = (shares / shares.sum()).tolist()
+        draws = torch.empty(len(self._pool) + 1).exponential_(generator=self._generator)
+        shares: list[float] = (draws / draws.sum()).tolist()
         self._share = shares[0]
-        parameters = list(pl_module.parameters())
+        parameters: list[Tensor] = list(pl_module.parameters())
         self._own = [p.detach().clone() for p in parameters]
         with torch.no_grad():
             torch._foreach_mul_(parameters, self._share)
@@ -140,7 +144,8 @@ class PoolMixing(FederatedCallback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._own:
             with torch.no_grad():
-                torch._foreach_copy_(list(pl_module.parameters()), self._own)
+                for parameter, own in zip(pl_module.parameters(), self._own, strict=True):
+                    parameter.copy_(own)
             self._own = []
 
     @override
@@ -153,13 +158,17 @@ class PoolMixing(FederatedCallback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.loss_transforms.remove(self._scale)
+        self._remove(pl_module)
         self._pool, self._start = [], []
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._scale in pl_module.loss_transforms:
-            pl_module.loss_transforms.remove(self._scale)
+        self._remove(pl_module)
+
+    def _remove(self, module: LightningModule) -> None:
+        assert isinstance(module, FederatedModule)
+        if self._scale in module.loss_transforms:
+            module.loss_transforms.remove(self._scale)
 
 
 def add_distance_gradient(parameters: Sequence[Tensor], other: Sequence[Tensor], weight: float) -> None:

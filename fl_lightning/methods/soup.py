@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from fl_lightning.client import Broadcast, Client
 from fl_lightning.evaluation.predict import score_clients
-from fl_lightning.local import Fit, LocalTraining
+from fl_lightning.local import Engine, Fit, LocalTraining
 from fl_lightning.seeding import derive_seed
 from fl_lightning.state import State, load, weighted_mean
 
@@ -23,17 +23,18 @@ Recipe = Literal["uniform", "greedy"]
 class SoupTraining(LocalTraining):
     """Fits a client several times from the same start and averages what comes out.
 
-    Wortsman, Ilharco, Gadre, Roelofs, Gontijo-Lopes, Morcos, Namkoong, Farhadi, Carmon, Kornblith, Schmidt, Model soups:
-    averaging weights of multiple fine-tuned models improves accuracy without increasing inference time, ICML 2022,
-    https://arxiv.org/abs/2203.05482. The first ingredient is the plain fit, with the settings of the run; the others
+    Wortsman, Ilharco, Gadre, Roelofs, Gontijo-Lopes, Morcos, Namkoong, Farhadi, Carmon, Kornblith, Schmidt, Model
+    soups: averaging weights of multiple fine-tuned models improves accuracy without increasing inference time, ICML
+    2022, https://arxiv.org/abs/2203.05482. The first ingredient is the plain fit, with the settings of the run; others
     differ in their seeds, and in what is drawn for them. A soup of one ingredient is that fit, to the bit.
 
     Args:
         trainer: As in :class:`LocalTraining`; the length is that of each ingredient.
         validate: As in :class:`LocalTraining`.
+        engine: As in :class:`LocalTraining`.
         ingredients: Number of fits, at least 1.
         recipe: ``uniform``: the mean of all. ``greedy`` (Recipe 1 of the paper): ingredients are tried from the best
-            to the worst by accuracy on the client's validation data, and one stays if the mean does not get worse there.
+            to the worst by accuracy on the client's validation data, and one stays if the mean is no worse with it.
         draws: For each argument of the optimizer, or ``batch_size``, the values of which the further ingredients draw
             one; the draws are the same for all clients.
 
@@ -45,11 +46,12 @@ class SoupTraining(LocalTraining):
         self,
         trainer: Callable[..., Trainer],
         validate: bool = False,
+        engine: Engine = "auto",
         ingredients: int = 3,
         recipe: Recipe = "uniform",
         draws: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
-        super().__init__(trainer, validate)
+        super().__init__(trainer, validate, engine)
         if ingredients < 1:
             raise ValueError(f"`ingredients` must be at least 1, got {ingredients}")
         if recipe not in get_args(Recipe):

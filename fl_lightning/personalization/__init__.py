@@ -1,4 +1,4 @@
-"""Fine-tunes a trained global model at every client and shows who gains and who is harmed: what ``personalize.py`` runs."""
+"""Fine-tunes a trained global model at every client: what ``personalize.py`` runs, and who gains and who is harmed."""
 
 from fl_lightning.personalization.run import run
 

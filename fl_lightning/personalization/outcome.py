@@ -39,7 +39,7 @@ class Outcome:
 def matrix_of(measures: Sequence[Measures], datas: Sequence[ClientData]) -> AccuracyMatrix:
     """Return the matrix of the models of all clients, in the order of the clients."""
     rows = np.stack([one.accuracies.numpy() for one in measures])
-    return AccuracyMatrix(rows, [data.num_test for data in datas], [data.name for data in datas])
+    return AccuracyMatrix(rows, [data.num_test for data in datas], [str(data.name) for data in datas])
 
 
 def summary_of(measures: Sequence[Measures], datas: Sequence[ClientData]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from fl_lightning import atomic
 from fl_lightning.evaluation.harm import change, compare, harm, share_hurt
 from fl_lightning.evaluation.matrix import AccuracyMatrix
 from fl_lightning.evaluation.results import build_personalization_results, write_json
+from fl_lightning.evaluation.summary import mean
 from fl_lightning.evaluation.tables import MeanStd, latex_table, markdown_table, mean_std, plain_table
 from fl_lightning.personalization.measurement import SCALARS, Measures
 from fl_lightning.personalization.outcome import Outcome, by_strategy, matrix_of, summary_of
@@ -136,7 +137,7 @@ def _method(name: str, groups: Groups, datas: Sequence[Any]) -> dict[str, Any]:
 def _baselines(groups: Groups, name: str) -> dict[str, Sequence[Sequence[Outcome]]]:
     """What a strategy is compared with: the un-tuned model, and plain fine-tuning with the same values of the grid."""
     strategy = groups[name][0][0].strategy
-    found = {}
+    found: dict[str, Sequence[Sequence[Outcome]]] = {}
     for base in ("none", "ft"):
         for runs in groups.values():
             other = runs[0][0].strategy
@@ -182,8 +183,8 @@ def _row(name: str, method: Mapping[str, Any]) -> dict[str, Any]:
 def save_matrices(name: str, matrices: Sequence[AccuracyMatrix], run_folder: RunFolder) -> None:
     """Write the mean matrix of a strategy, and, of several seeds, each one's."""
     first = matrices[0]
-    mean = AccuracyMatrix(np.mean([matrix.values for matrix in matrices], axis=0), first.num_test, first.names)
-    mean.save(run_folder.path / "matrix" / f"{file_name(name)}.csv")
+    average = AccuracyMatrix(np.mean([matrix.values for matrix in matrices], axis=0), first.num_test, first.names)
+    average.save(run_folder.path / "matrix" / f"{file_name(name)}.csv")
     if len(matrices) > 1:
         for number, matrix in enumerate(matrices):
             matrix.save(run_folder.path / "matrix" / f"seed_{number}" / f"{file_name(name)}.csv")
@@ -195,7 +196,12 @@ def file_name(strategy: str) -> str:
 
 
 def curve(run: Sequence[Outcome], start: Sequence[Outcome] | None) -> dict[int, list[Measures]]:
-    """Return the measures of all clients by epoch, epoch 0 from ``start``; a fit that ended early stays where it ended."""
+    """Return the measures of all clients by epoch.
+
+    Args:
+        run: All clients of one strategy and seed. A fit that ended early stays where it ended.
+        start: The global model's, which are epoch 0.
+    """
     points: dict[int, list[Measures]] = {}
     if not any(outcome.curve for outcome in run):
         return points
@@ -266,7 +272,7 @@ def figures(groups: Groups, datas: Sequence[Any]) -> dict[str, Figure]:
         }
         drawn[f"epochs/{file_name(title)}"] = draw.draw_epochs(lines, title=title)
     if start is not None:
-        before = np.mean([summary_of([one.measures for one in run], datas)["global_others"] for run in start])
+        before = mean([summary_of([one.measures for one in run], datas)["global_others"] for run in start])
         points = {
             name: (
                 [s["feature_distortion"] for s in summary.values()],

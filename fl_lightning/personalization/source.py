@@ -48,7 +48,7 @@ def open_source(config: Mapping[str, Any]) -> Source:
             unless they are given.
 
     Raises:
-        FileNotFoundError: If there is neither such a path nor a timm model of this name, or the run left no global model.
+        FileNotFoundError: If there is neither such a path nor such a timm model, or the run left no global model.
         ValueError: If data or model must be given and are not, the partition is not the run's, the model is another
             one, or a file is damaged.
     """
