@@ -60,6 +60,7 @@ class PersonalizeConfig:
     seed: int = MISSING
     seeds: int = MISSING
     epochs: int = MISSING
+    lr: float = MISSING
     batch_size: Optional[int] = None  # noqa: UP045
     head: list[str] = MISSING
     lp_epochs: int = MISSING
