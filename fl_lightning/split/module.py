@@ -71,6 +71,10 @@ class SplitModule(FederatedModule):
         """Return which tensors lie where for a cut."""
         return parts(self.blocks, self.head, self, cut)
 
+    def frozen(self, held: Parts) -> list[str]:
+        """Return the names of a client's tensors that are not trained, for its parts."""
+        return [name for part in CLIENT_PARTS if self.lr_factors.get(part) == 0 for name in getattr(held, part)]
+
     def example_input(self, in_channels: int, image_size: int) -> Tensor:
         """Return one blank input: an image ``(1, C, H, W)``, or tokens ``(1, T)`` for a language model."""
         if isinstance(next(iter(self.blocks.values())), TokenEmbedding):
@@ -85,7 +89,7 @@ class SplitModule(FederatedModule):
                 parameter.requires_grad_(True)
             return
         held = self.parts(exchange.cut)
-        frozen = {name for part in CLIENT_PARTS if self.lr_factors.get(part) == 0 for name in getattr(held, part)}
+        frozen = set(self.frozen(held))
         for name, parameter in self.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(name not in frozen and name not in held.body)
 

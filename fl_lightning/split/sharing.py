@@ -26,6 +26,7 @@ class SplitSharing(Sharing):
         personal: As in `Sharing`; like the rest, of the clients' tensors only.
         personal_batch_norm: As in `Sharing`.
         buffers: As in `Sharing`.
+        fixed: As in `Sharing`; parts whose learning rate the module puts at 0 belong to it by themselves.
     """
 
     def __init__(
@@ -34,8 +35,9 @@ class SplitSharing(Sharing):
         personal: Sequence[str] = (),
         personal_batch_norm: bool = False,
         buffers: Buffers = "average",
+        fixed: Sequence[str] = (),
     ) -> None:
-        super().__init__(shared, personal, personal_batch_norm, buffers)
+        super().__init__(shared, personal, personal_batch_norm, buffers, fixed)
         self.cuts: dict[int, Cut] = {}
 
     @override
@@ -44,6 +46,11 @@ class SplitSharing(Sharing):
         held = self._parts(module, client)
         chosen = {*held.body, *self.exchanged(module)}
         return [name for name in module.state_dict() if name in chosen]
+
+    @override
+    def fixed_names(self, module: nn.Module) -> set[str]:
+        assert isinstance(module, SplitModule)
+        return super().fixed_names(module) | set(module.frozen(self._parts(module, None)))
 
     def exchanged(self, module: nn.Module) -> list[str]:
         """Return the names of the tensors that clients hold and exchange as weights: what truly crosses the network."""

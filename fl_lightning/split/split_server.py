@@ -188,15 +188,6 @@ class SplitServer(FederatedCallback):
         loop.log({f"{PREFIX}simulated_seconds_round": seconds, f"{PREFIX}simulated_seconds": self.simulated_seconds})
 
     @override
-    def global_state(self, loop: FederatedLoop) -> State:
-        """Return the initial tensors of parts that no client trains; where all else is shared, the model is whole."""
-        module = loop.module
-        assert isinstance(module, SplitModule)
-        held = module.parts(module.cut_at(module.start))
-        frozen = [name for part, factor in module.lr_factors.items() if factor == 0 for name in getattr(held, part)]
-        return {name: loop.local.initial[name] for name in frozen if name not in loop.state}
-
-    @override
     def results(self, loop: FederatedLoop) -> dict[str, Any]:
         """Return the recorded cuts and the account of bytes and simulated time, for ``results.json``."""
         module = loop.module

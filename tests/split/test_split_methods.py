@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fl_lightning.client import Update
+from fl_lightning.split.edges import EdgeAggregator
 from fl_lightning.split.latency import batch_bytes
 from fl_lightning.split.split_server import SplitServer
 from tests.federations import Federation, assert_same, federation
@@ -118,3 +120,67 @@ def test_scaled_gradients_are_refused() -> None:
     """On a CPU Lightning itself turns 16-mixed into bf16-mixed, so the check is asked directly."""
     with pytest.raises(ValueError, match="trainer.precision=bf16-mixed"):
         SplitServer().check(make_module("lenet"), SimpleNamespace(precision="16-mixed"))
+
+
+def test_pfsl_keeps_the_front_and_personalises_only_heads(tiny_root: Path, tmp_path: Path) -> None:
+    run = train(tiny_root, tmp_path / "run", "pfsl")
+    module, initial = run.module, run.loop.local.initial
+    held = module.parts(module.cut_at(1))
+    assert not set(held.base) & run.loop.state.keys()
+    complete = run.loop.global_state()
+    assert all(torch.equal(complete[name], initial[name]) for name in held.base)
+    models = [run.loop.personal_state(client) for client in run.clients]
+    for name in initial:
+        same = all(torch.equal(model[name], models[0][name]) for model in models)
+        assert same == (name not in held.head), name
+
+
+def test_pfsl_with_one_client_averages_nothing(tiny_root: Path, tmp_path: Path) -> None:
+    alone = "data.unseen_clients=[bob, cid]"
+    averaged = train(tiny_root, tmp_path / "averaged", "pfsl", alone)
+    copy = train(
+        tiny_root, tmp_path / "copy", "pfsl", alone, "aggregator._target_=fl_lightning.split.shared_body.SharedBody"
+    )
+    assert_same(averaged.loop.state, copy.loop.state)
+
+
+def test_phsfl_never_moves_the_head_before_the_end(tiny_root: Path, tmp_path: Path) -> None:
+    run = train(tiny_root, tmp_path / "run", "phsfl")
+    initial, head = run.loop.local.initial, ("head.weight", "head.bias")
+    assert not set(head) & run.loop.state.keys()
+    models = [run.loop.personal_state(client) for client in run.clients]
+    for name in head:
+        assert not any(torch.equal(model[name], initial[name]) for model in models)
+        assert not torch.equal(models[0][name], models[1][name])
+    assert all(torch.equal(models[0][name], models[2][name]) for name in initial if name not in head)
+
+
+def update(client: int, value: float, examples: int) -> Update:
+    return Update(client, examples, {"w": torch.full((2,), value)})
+
+
+def test_two_levels_by_hand() -> None:
+    aggregator = EdgeAggregator(edges=2, cloud_every=2)
+    start = {"w": torch.zeros(2)}
+    clients = [SimpleNamespace(id=number) for number in range(4)]
+    first = aggregator.aggregate(start, [update(0, 1.0, 1), update(1, 4.0, 2), update(2, 3.0, 3)])
+    # edge 0 has clients 0 and 2: (1 + 9) / 4 = 2.5; edge 1 has client 1: 4; the cloud would be (4 * 2.5 + 2 * 4) / 6
+    assert first["w"][0].item() == pytest.approx(3.0)
+    assert [aggregator.broadcast(first, client)["w"][0].item() for client in clients] == [2.5, 4.0, 2.5, 4.0]
+    resumed = EdgeAggregator(edges=2, cloud_every=2)
+    resumed.load_state_dict(aggregator.state_dict())
+    second = resumed.aggregate(first, [update(0, 10.0, 4)])
+    assert second["w"][0].item() == pytest.approx((4 * 10 + 2 * 4) / 6)
+    assert [resumed.broadcast(second, client)["w"][0].item() for client in clients] == [second["w"][0].item()] * 4
+
+
+@pytest.mark.parametrize("settings", [{"edges": 1, "cloud_every": 5}, {"edges": 3, "cloud_every": 1}])
+def test_two_levels_degenerate_to_fedavg(settings: dict[str, int], tiny_root: Path, tmp_path: Path) -> None:
+    overrides = [f"aggregator.{key}={value}" for key, value in settings.items()]
+    levels = train(
+        tiny_root, tmp_path / "levels", "splitfed", "aggregator._target_=fl_lightning.split.edges.EdgeAggregator",
+        *(f"+{override}" for override in overrides),
+    )  # fmt: skip
+    plain = train(tiny_root, tmp_path / "plain", "fedavg")
+    for name, tensor in plain.loop.state.items():
+        torch.testing.assert_close(levels.loop.state[name], tensor, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,71 @@
+"""Aggregation on two levels: clients at edge servers, edge servers at a cloud."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from typing_extensions import override
+
+from fl_lightning.aggregators import Aggregator, Weights
+from fl_lightning.client import Client, Update
+from fl_lightning.state import RunningMean, State
+
+
+class EdgeAggregator(Aggregator):
+    """Every round each edge server averages its clients; every few rounds the cloud averages the edge servers.
+
+    Between two visits to the cloud a client goes on from the model of its own edge server. What the federation calls
+    its shared state is then the mean over the edge servers, which nobody trains on.
+
+    Args:
+        edges: Number of edge servers, at least 1; client i belongs to server i modulo this number.
+        cloud_every: Rounds between two averages at the cloud, at least 1; at 1, or with one edge, this is FedAvg.
+        weights: As in `Aggregator`; an edge server weighs what its clients weigh together.
+
+    Raises:
+        ValueError: If a number is below 1.
+    """
+
+    def __init__(self, edges: int = 2, cloud_every: int = 2, weights: Weights = "examples") -> None:
+        super().__init__(weights)
+        if edges < 1 or cloud_every < 1:
+            raise ValueError(f"`edges` and `cloud_every` must be at least 1, got {edges} and {cloud_every}")
+        self.edges, self.cloud_every = edges, cloud_every
+        self._round = 0
+        self._states: dict[int, State] = {}
+        self._weights: dict[int, float] = {}
+
+    @override
+    def broadcast(self, state: State, client: Client) -> State:
+        return {**state, **self._states.get(client.id % self.edges, {})}
+
+    @override
+    def aggregate(self, state: State, updates: Iterable[Update]) -> State:
+        means: dict[int, RunningMean] = {}
+        weights: dict[int, float] = {}
+        for update in updates:
+            edge, weight = update.client_id % self.edges, self.weight(update)
+            means.setdefault(edge, RunningMean()).add(update.state, weight)
+            weights[edge] = weights.get(edge, 0.0) + weight
+        for edge, mean in means.items():
+            self._states[edge] = {**state, **self._states.get(edge, {}), **mean.compute()}
+        self._weights.update(weights)  # an edge server without a client this round keeps its model and its weight
+        cloud = RunningMean()
+        for edge in sorted(self._states):
+            cloud.add(self._states[edge], self._weights[edge])
+        merged = {**state, **cloud.compute()}
+        self._round += 1
+        if self._round % self.cloud_every == 0:
+            self._states, self._weights = {}, {}
+        return merged
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"round": self._round, "states": self._states, "weights": self._weights}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._round = state_dict["round"]
+        self._states = {edge: dict(state) for edge, state in state_dict["states"].items()}
+        self._weights = dict(state_dict["weights"])
