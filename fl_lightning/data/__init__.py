@@ -11,9 +11,10 @@ from fl_lightning.data.image_pool import ImagePool
 from fl_lightning.data.index_batches import IndexBatches
 from fl_lightning.data.normalization import Normalization
 from fl_lightning.data.partition import Partition
-from fl_lightning.data.partitioned_data import PartitionedData, TrainTest
+from fl_lightning.data.partitioned_data import PartitionedData
 from fl_lightning.data.partitioners import Dirichlet, Iid, LabelCount, Partitioner, Quantity, Shards
 from fl_lightning.data.torchvision_sets import TorchvisionSet
+from fl_lightning.data.train_test import TrainTest, pool_clients
 
 __all__ = [
     "ClientData",
@@ -39,4 +40,5 @@ __all__ = [
     "Shards",
     "TorchvisionSet",
     "TrainTest",
+    "pool_clients",
 ]

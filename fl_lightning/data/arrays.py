@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
 from fl_lightning.data.image_files import fit_square
+from fl_lightning.data.train_test import TrainTest
 
 ARRAY_NAMES = ("x_train", "y_train", "x_test", "y_test")
 
@@ -45,6 +46,38 @@ def read_npz(path: Path | str) -> dict[str, NDArray]:
         raise ValueError(
             f"'{path}' is truncated or not an .npz of plain arrays ({error}); copy or write it again."
         ) from error
+
+
+def read_train_test_npz(
+    path: Path, num_classes: int | None = None, channels: int | None = None, resize: int | None = None
+) -> TrainTest:
+    """Read the images and labels of one ``.npz`` with ``x_train, y_train, x_test, y_test``.
+
+    Args:
+        path: The file.
+        num_classes: What labels must be below, if known.
+        channels: 1 or 3; ``None`` keeps what there is.
+        resize: Height and width in pixels; ``None`` keeps what there is.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not as described, naming the array.
+    """
+    arrays = read_npz(path)
+    images = {
+        split: image_tensor(arrays[f"x_{split}"], f"x_{split} of '{path}'", channels, resize)
+        for split in ("train", "test")
+    }
+    if images["train"].shape[1:] != images["test"].shape[1:]:
+        raise ValueError(
+            f"x_train of '{path}' has images of shape {tuple(images['train'].shape[1:])} (channels, height, width), "
+            f"but x_test has {tuple(images['test'].shape[1:])}; `channels` and `resize` make them equal."
+        )
+    labels = {
+        split: label_tensor(arrays[f"y_{split}"], len(images[split]), f"y_{split} of '{path}'", num_classes)
+        for split in ("train", "test")
+    }
+    return TrainTest(images["train"], labels["train"], images["test"], labels["test"])
 
 
 def image_tensor(array: NDArray, where: str, channels: int | None = None, resize: int | None = None) -> Tensor:

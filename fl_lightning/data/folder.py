@@ -9,15 +9,14 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 from typing_extensions import override
 
-from fl_lightning.data.arrays import class_names_of, image_tensor, label_tensor, read_npz
+from fl_lightning.data.arrays import class_names_of, read_train_test_npz
 from fl_lightning.data.client_data import ImageSource
 from fl_lightning.data.client_indices import ClientIndices, hold_out, with_test
 from fl_lightning.data.federated_data import Examples, FederatedData
 from fl_lightning.data.image_files import IMAGE_ENDINGS, Fit, ImageFiles
-from fl_lightning.data.image_pool import ImagePool
+from fl_lightning.data.train_test import TrainTest, pool_clients
 
 #: Decoded images up to this many bytes are kept in memory under ``in_memory="auto"``.
 AUTO_BYTES = 2 * 2**30
@@ -88,33 +87,27 @@ class Folder(FederatedData):
         )
 
     def _read_archives(self, paths: list[Path]) -> tuple[ImageSource, list[str], list[ClientIndices]]:
-        images: list[Tensor] = []
-        labels: list[Tensor] = []
         num_classes = self.classes if isinstance(self.classes, int) or self.classes is None else len(self.classes)
+        clients: dict[str, TrainTest] = {}
         for path in paths:
-            arrays = read_npz(path)
-            for split in ("train", "test"):
-                x = image_tensor(arrays[f"x_{split}"], f"x_{split} of '{path}'", self.channels, self.resize)
-                if images and x.shape[1:] != images[0].shape[1:]:
-                    raise ValueError(
-                        f"x_{split} of '{path}' has images of shape {tuple(x.shape[1:])} (channels, height, width), "
-                        f"but '{paths[0]}' has {tuple(images[0].shape[1:])}; `channels` and `resize` make them equal."
-                    )
-                images.append(x)
-                labels.append(label_tensor(arrays[f"y_{split}"], len(x), f"y_{split} of '{path}'", num_classes))
-        class_names = class_names_of(self.classes, labels[0::2])
-        for path, y in zip(paths, labels[1::2], strict=True):
-            if len(y) and int(y.max()) >= len(class_names):
+            data = read_train_test_npz(path, num_classes, self.channels, self.resize)
+            first = next(iter(clients.values()), data)
+            if data.train_images.shape[1:] != first.train_images.shape[1:]:
                 raise ValueError(
-                    f"y_test of '{path}' holds the label {int(y.max())}, and no client trains on it: the "
-                    f"{len(class_names)} classes counted are 0 to {len(class_names) - 1}; set `classes` if it is right."
+                    f"x_train of '{path}' has images of shape {tuple(data.train_images.shape[1:])} (channels, height, "
+                    f"width), but '{paths[0]}' has {tuple(first.train_images.shape[1:])}; `channels` and `resize` make "
+                    "them equal."
                 )
-        parts = torch.arange(sum(len(y) for y in labels)).split([len(y) for y in labels])
-        clients = [
-            ClientIndices(name=path.stem, train=train, test=test)
-            for path, train, test in zip(paths, parts[0::2], parts[1::2], strict=True)
-        ]
-        return ImagePool(torch.cat(images), torch.cat(labels)), class_names, clients
+            clients[path.stem] = data
+        class_names = class_names_of(self.classes, [data.train_labels for data in clients.values()])
+        for path, data in zip(paths, clients.values(), strict=True):
+            if len(data.test_labels) and (most := int(data.test_labels.max())) >= len(class_names):
+                raise ValueError(
+                    f"y_test of '{path}' holds the label {most}, and no client trains on it: the {len(class_names)} "
+                    f"classes counted are 0 to {len(class_names) - 1}; set `classes` if it is right."
+                )
+        pool, indices = pool_clients(clients)
+        return pool, class_names, indices
 
     def _read_folders(self, root: Path, folders: list[Path]) -> tuple[ImageSource, list[str], list[ClientIndices]]:
         if self.resize is None:

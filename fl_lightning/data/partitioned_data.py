@@ -9,33 +9,14 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from fl_lightning.data.client_indices import ClientIndices, with_test
 from fl_lightning.data.federated_data import Examples, FederatedData
 from fl_lightning.data.image_pool import ImagePool
 from fl_lightning.data.partitioners import Dirichlet, Partitioner, divide_alike
+from fl_lightning.data.train_test import TrainTest
 from fl_lightning.seeding import derive_seed
-
-
-@dataclass
-class TrainTest:
-    """A data set as it is published.
-
-    Args:
-        train_images: uint8, (N, C, H, W).
-        train_labels: int64, (N,).
-        test_images: uint8, (M, C, H, W).
-        test_labels: int64, (M,).
-        class_names: One per class.
-    """
-
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-    class_names: Sequence[str]
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -62,8 +43,8 @@ class PartitionedData(FederatedData):
     test_fraction: float = 0.2
 
     @abstractmethod
-    def read_train_test(self) -> tuple[str, TrainTest]:
-        """The name of the data set, and its images and labels."""
+    def read_train_test(self) -> tuple[str, TrainTest, Sequence[str]]:
+        """The name of the data set, its images and labels, and the names of its classes."""
 
     def __post_init__(self, partition: Partitioner | None) -> None:  # type: ignore[override]
         if partition is not None and not isinstance(partition, Partitioner):
@@ -79,15 +60,15 @@ class PartitionedData(FederatedData):
 
     @override
     def read(self) -> Examples:
-        name, data = self.read_train_test()
+        name, data, class_names = self.read_train_test()
         divide = self._divide_official if self.test_split == "official" else self._divide_pooled
         return Examples(
             name=name,
             source=ImagePool(
                 torch.cat([data.train_images, data.test_images]), torch.cat([data.train_labels, data.test_labels])
             ),
-            class_names=data.class_names,
-            clients=divide(data.train_labels.numpy(), data.test_labels.numpy(), len(data.class_names)),
+            class_names=class_names,
+            clients=divide(data.train_labels.numpy(), data.test_labels.numpy(), len(class_names)),
             description={"partitioner": self._partitioner.describe(), "test_split": self.test_split},
         )
 

@@ -271,7 +271,7 @@ def divide_alike(labels: IntArray, num_train: NDArray[np.int64], rng: np.random.
     for client in np.flatnonzero(counts.sum(axis=1) == 0):
         to_spare = np.where((counts.sum(axis=1) > 1)[:, None] & (num_train[client] > 0), counts, 0)
         if to_spare.any():
-            donor, label = np.unravel_index(to_spare.argmax(), to_spare.shape)
-            counts[donor, label] -= 1
-            counts[client, label] += 1
+            donor, spared = np.unravel_index(to_spare.argmax(), to_spare.shape)
+            counts[donor, spared] -= 1
+            counts[client, spared] += 1
     return [np.sort(part) for part in _deal(pools, counts)]

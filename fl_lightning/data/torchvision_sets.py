@@ -12,8 +12,9 @@ from torch import Tensor
 from torchvision import datasets
 from typing_extensions import override
 
-from fl_lightning.data.arrays import conform, image_tensor, label_tensor, read_npz
-from fl_lightning.data.partitioned_data import PartitionedData, TrainTest
+from fl_lightning.data.arrays import conform, read_train_test_npz
+from fl_lightning.data.partitioned_data import PartitionedData
+from fl_lightning.data.train_test import TrainTest
 
 Read = Callable[[str, bool, bool], tuple[Tensor, Tensor]]
 
@@ -109,60 +110,54 @@ class TorchvisionSet(PartitionedData):
     resize: int | None = None
 
     @override
-    def read_train_test(self) -> tuple[str, TrainTest]:
-        if self.name not in PUBLISHED:
-            raise ValueError(f"`name` must be one of {', '.join(PUBLISHED)}, got '{self.name}'.")
-        path = Path(self.root)
-        if (path / f"{self.name}.npz").is_file():
-            path = path / f"{self.name}.npz"
-        published = PUBLISHED[self.name]
-        if path.suffix == ".npz":
-            data = read_train_test_npz(path, published.class_names, self.channels, self.resize)
-        else:
-            train, test = self._published(published, train=True), self._published(published, train=False)
-            data = TrainTest(*train, *test, class_names=published.class_names)
-        return self.name, data
-
-    def _published(self, published: _Published, train: bool) -> tuple[Tensor, Tensor]:
-        try:
-            images, labels = published.read(self.root, train, self.download)
-        except (RuntimeError, OSError, EOFError, ValueError, AssertionError) as error:
-            tried = "could not be downloaded" if self.download else "`download` is false"
-            raise FileNotFoundError(
-                f"'{self.name}' is not complete in the folder '{self.root}', and {tried} "
-                f"({' '.join(str(error).split())}); put {published.files} there, or set `data.root` to another folder "
-                "or to one .npz."
-            ) from error
-        return conform(images, self.name, self.channels, self.resize), labels.long()
+    def read_train_test(self) -> tuple[str, TrainTest, Sequence[str]]:
+        data = read_image_set(self.name, self.root, self.download, self.channels, self.resize)
+        return self.name, data, PUBLISHED[self.name].class_names
 
 
-def read_train_test_npz(
-    path: Path, class_names: Sequence[str], channels: int | None = None, resize: int | None = None
+def read_image_set(
+    name: str, root: str, download: bool = False, channels: int | None = None, resize: int | None = None
 ) -> TrainTest:
-    """Read a whole data set from one ``.npz`` with ``x_train, y_train, x_test, y_test``.
+    """Read a data set of torchvision, or what stands for it in a ``.npz``. See :class:`TorchvisionSet`."""
+    if name not in PUBLISHED:
+        raise ValueError(f"`name` must be one of {', '.join(PUBLISHED)}, got '{name}'.")
+    path = Path(root)
+    if (path / f"{name}.npz").is_file():
+        path = path / f"{name}.npz"
+    if path.suffix == ".npz":
+        return read_train_test_npz(path, len(PUBLISHED[name].class_names), channels, resize)
+    train_images, train_labels = read_published(name, root, True, download)
+    test_images, test_labels = read_published(name, root, False, download)
+    return TrainTest(
+        conform(train_images, name, channels, resize),
+        train_labels,
+        conform(test_images, name, channels, resize),
+        test_labels,
+    )
+
+
+def read_published(name: str, root: str, train: bool, download: bool) -> tuple[Tensor, Tensor]:
+    """Read one part of a data set of torchvision.
 
     Args:
-        path: The file.
-        class_names: In the order of the labels.
-        channels: 1 or 3; ``None`` keeps what there is.
-        resize: Height and width in pixels; ``None`` keeps what there is.
+        name: One of :data:`PUBLISHED`.
+        root: The folder with torchvision's files.
+        train: Whether the training part is wanted.
+        download: Whether missing files may be downloaded.
+
+    Returns:
+        Images, uint8 (N, C, H, W), as published, and labels, int64 (N,).
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not as described, naming the array.
+        FileNotFoundError: If files are missing and cannot be downloaded, saying which belong where.
     """
-    arrays = read_npz(path)
-    images = {
-        split: image_tensor(arrays[f"x_{split}"], f"x_{split} of '{path}'", channels, resize)
-        for split in ("train", "test")
-    }
-    if images["train"].shape[1:] != images["test"].shape[1:]:
-        raise ValueError(
-            f"x_train of '{path}' has images of shape {tuple(images['train'].shape[1:])} (channels, height, width), "
-            f"but x_test has {tuple(images['test'].shape[1:])}; `channels` and `resize` make them equal."
-        )
-    labels = {
-        split: label_tensor(arrays[f"y_{split}"], len(images[split]), f"y_{split} of '{path}'", len(class_names))
-        for split in ("train", "test")
-    }
-    return TrainTest(images["train"], labels["train"], images["test"], labels["test"], class_names)
+    published = PUBLISHED[name]
+    try:
+        images, labels = published.read(root, train, download)
+    except (RuntimeError, OSError, EOFError, ValueError, AssertionError) as error:
+        tried = "could not be downloaded" if download else "`download` is false"
+        raise FileNotFoundError(
+            f"'{name}' is not complete in the folder '{root}', and {tried} ({' '.join(str(error).split())}); put "
+            f"{published.files} there, or set `data.root` to another folder or to one .npz."
+        ) from error
+    return images, labels.long()

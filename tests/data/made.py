@@ -63,9 +63,9 @@ class MadeSet(PartitionedData):
     num_test: int = 60
 
     @override
-    def read_train_test(self) -> tuple[str, TrainTest]:
+    def read_train_test(self) -> tuple[str, TrainTest, list[str]]:
         train, test = pool(self.num_train, num_classes=4), pool(self.num_test, num_classes=4)
-        return "made", TrainTest(train.images, train.labels, test.images, test.labels, list("abcd"))
+        return "made", TrainTest(train.images, train.labels, test.images, test.labels), list("abcd")
 
 
 def write_npz(path: Path, num_train: int = 6, num_test: int = 3, **changed: np.ndarray | None) -> Path:

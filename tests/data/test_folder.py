@@ -128,7 +128,7 @@ def test_a_moved_source_is_the_same(tmp_path: Path) -> None:
         (
             {"x_test": np.zeros((3, 9, 9, 3), np.uint8)},
             ValueError,
-            r"x_test of .*ann.npz' has images of shape \(3, 9, 9\)",
+            r"x_train of .*ann.npz' has .* but x_test has \(3, 9, 9\)",
         ),
         ({"y_train": np.arange(6) / 2}, TypeError, "y_train of .*ann.npz' must be whole numbers, got float64"),
         ({"y_train": np.arange(5)}, ValueError, r"one label per image, shape \(6,\), got \(5,\)"),
