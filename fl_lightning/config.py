@@ -67,7 +67,7 @@ class PersonalizeConfig:
     lp_lr: Optional[float] = None  # noqa: UP045
     ft_lr: Optional[float] = None  # noqa: UP045
     batch_norm: str = MISSING
-    grid: dict[str, Any] = field(default_factory=dict)
+    grid: Any = None
     save_models: bool = MISSING
     figures: bool = MISSING
     curves: Any = MISSING

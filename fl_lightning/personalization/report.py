@@ -83,7 +83,7 @@ def report(
             "source": source.description,
             "seed": config["seed"],
             "epochs": config["trainer"].get("max_epochs"),
-            "grid": config["grid"],
+            "grid": config["grid"] or {},
             "comparisons": comparisons(groups),
             "partition_hash": source.data.partition.hash,
             "definitions": DEFINITIONS,

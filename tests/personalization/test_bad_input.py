@@ -1,0 +1,117 @@
+"""What is wrong is said in one sentence, before any training."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from fl_lightning.local import LocalTraining
+from fl_lightning.training import run as train
+from tests.federations import config, tiny_model
+from tests.personalization.conftest import compose_personalization
+
+Run = Callable[..., tuple[Any, Path]]
+
+
+@pytest.fixture(autouse=True)
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise AssertionError("a fit began")
+
+    monkeypatch.setattr(LocalTraining, "fit", fail)
+
+
+@pytest.fixture
+def copy(trained: Path, tmp_path: Path) -> Path:
+    """A run folder that may be spoiled."""
+    return Path(shutil.copytree(trained, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["personalization=[lp]", "head=[classifier]"], "lp: the pattern 'classifier' fits no tensor"),
+        (["personalization=[lp_ft]", "lp_epochs=3"], "lp_ft: the phases .* take 3 epochs, but the fit has 2"),
+        (["personalization=[ft]", "seeds=0"], "seeds must be at least 1"),
+        (["personalization=[ft]", "curves.every=0"], "curves.every must be at least 1"),
+        (["personalization=[ft]", "batch_norm=eval"], "one of train, frozen_stats, frozen"),
+        (["personalization=[ft]", "flooding.level=-1"], "flooding level must be at least 0"),
+        (["personalization=[lora_ft]"], "lora_ft: low-rank adaptation finds no linear layer 'qkv'"),
+        (["personalization=[ft]", "+personalization.ft.callback.x=1"], "did you mean callbacks"),
+        (["personalization=[ft]", "+personalization.ft.start=zero"], "start must be one of global, random"),
+        (["personalization=[ft]", "grid={lrr: [1, 2]}"], "grid: there is no key 'lrr'"),
+        (["personalization=[ft]", "+optimizer.momentun=1"], "did you mean momentum"),
+        (["checkpoint=no_such_thing"], "neither a run folder .* nor a file, nor the name of a timm model"),
+        (["checkpoint=resnet10t"], "a model of timm, without clients; add data="),
+    ],
+)
+def test_settings(overrides: list[str], sentence: str, personalized: Run) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+        personalized(*overrides)
+
+
+def test_a_refused_run_leaves_no_run_behind(personalized: Run, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="seeds"):
+        personalized("seeds=0")
+    assert not list(tmp_path.rglob("config.yaml"))
+
+
+def test_another_partition(copy: Path, personalized: Run) -> None:
+    with pytest.raises(ValueError, match="not divided as before.*client 0 'ann'.*another train split"):
+        personalized("data=folder", f"data.root={OmegaConf.load(copy / 'config.yaml').data.root}", "data.seed=7")
+
+
+def test_a_checkpoint_of_another_model(copy: Path, personalized: Run) -> None:
+    state = torch.load(copy / "global_model.pt", weights_only=True)
+    state["conv1.weight"] = torch.zeros(5, 3, 3, 3)
+    state["extra.weight"] = state.pop("conv2.weight")
+    torch.save(state, copy / "global_model.pt")
+    sentence = (
+        r"another model: missing backbone.conv2.weight; unexpected backbone.extra.weight; .*backbone.conv1.weight \(5,"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        personalized(checkpoint=copy)
+
+
+def test_a_head_that_is_not_there(copy: Path, personalized: Run) -> None:
+    state = torch.load(copy / "global_model.pt", weights_only=True)
+    torch.save({name.replace("head.", "fc."): tensor for name, tensor in state.items()}, copy / "global_model.pt")
+    with pytest.raises(ValueError, match="under the head's path 'head'"):
+        personalized(checkpoint=copy)
+
+
+def test_a_client_without_validation_data(tiny_root: Path, tmp_path: Path, personalized: Run, monkeypatch: Any) -> None:
+    monkeypatch.undo()
+    train(OmegaConf.create(config(tiny_root, "data.val_fraction=0.0", "loop.rounds=0")), tmp_path / "no_val")
+    with pytest.raises(ValueError, match="greedy_soup_ft chooses by validation data, but client ann has none"):
+        personalized("personalization=[greedy_soup_ft]", checkpoint=tmp_path / "no_val")
+
+
+def test_what_is_missing_or_damaged(copy: Path, tmp_path: Path, personalized: Run) -> None:
+    (copy / "global_model.pt").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="global_model.pt is damaged"):
+        personalized(checkpoint=copy)
+    (copy / "global_model.pt").unlink()
+    with pytest.raises(FileNotFoundError, match="has not ended, or its method .fedavg. has no global model"):
+        personalized(checkpoint=copy)
+    (copy / "partition.json").unlink()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no run of train.py"):
+        personalized(checkpoint=tmp_path / "empty")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save(tiny_model(3).backbone.state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="does not say what data it belongs to; add data="):
+        personalized(checkpoint=tmp_path / "list.pt")
+
+
+def test_nothing_is_overwritten(trained: Path) -> None:
+    from fl_lightning.personalization import run
+
+    with pytest.raises(ValueError, match="already holds a run"):
+        run(compose_personalization(f"checkpoint={trained}", "personalization=[ft]"), trained)

@@ -1,0 +1,183 @@
+"""Every strategy over one saved model: degenerate cases, independence, and what is left behind."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fl_lightning.client import Broadcast, Client
+from fl_lightning.command_line import CONF
+from fl_lightning.config import plain
+from fl_lightning.evaluation.matrix import AccuracyMatrix
+from fl_lightning.models.export import export_state_dict
+from fl_lightning.personalization import run
+from fl_lightning.personalization.source import open_source
+from fl_lightning.personalization.strategy import build_strategies
+from fl_lightning.state import State, snapshot
+from tests.personalization.conftest import compose_personalization
+
+Run = Callable[..., tuple[Any, Path]]
+
+STRATEGIES = sorted(path.stem for path in (CONF / "personalization").glob("*.yaml"))
+
+
+def model(folder: Path, strategy: str, client: int = 0, seed: int = 0) -> State:
+    path = folder / "models" / strategy / f"seed_{seed}" / f"client_{client}.pt"
+    return torch.load(path, weights_only=True)
+
+
+def same(one: State, other: State) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+DEGENERATE = {
+    "lp_ft": ["lp_epochs=0"],
+    "proximal_ft": ["personalization.proximal_ft.callbacks.proximal.mu=0.0"],
+    "sparse_ft": ["personalization.sparse_ft.callbacks.sparse.density=1.0"],
+    "soup_ft": ["personalization.soup_ft.local.ingredients=1"],
+    "greedy_soup_ft": ["personalization.greedy_soup_ft.local.ingredients=1"],
+    "lss_ft": [
+        "personalization.lss_ft.trainer.max_epochs=${epochs}",
+        "personalization.lss_ft.local.models=1",
+        "personalization.lss_ft.local.affinity=0.0",
+        "personalization.lss_ft.local.diversity=0.0",
+        "personalization.lss_ft.local.with_start=false",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ft") / "run"
+    overrides = [f"checkpoint={trained}", "personalization=[ft,lp]", "save_models=true", "seeds=2"]
+    run(compose_personalization(*overrides), folder)
+    return folder
+
+
+@pytest.mark.parametrize("strategy", DEGENERATE)
+def test_degenerate_cases_are_ft_to_the_bit(strategy: str, personalized: Run, fine_tuned: Path) -> None:
+    _, folder = personalized(f"personalization=[{strategy}]", "save_models=true", "seeds=2", *DEGENERATE[strategy])
+    for client in range(3):
+        for seed in range(2):
+            assert same(model(folder, strategy, client, seed), model(fine_tuned, "ft", client, seed))
+
+
+def test_linear_probing_moves_the_head_alone(trained: Path, fine_tuned: Path) -> None:
+    before = torch.load(trained / "global_model.pt", weights_only=True)
+    for client in range(3):
+        after = model(fine_tuned, "lp", client)
+        assert {name for name in before if not torch.equal(before[name], after[name])} == {"head.weight", "head.bias"}
+    methods = json.loads((fine_tuned / "results.json").read_text())["methods"]
+    assert methods["lp"]["feature_distortion"] == methods["lp"]["feature_distortion_all"] == 0
+    assert methods["none"]["feature_distortion"] == 0
+    assert methods["ft"]["feature_distortion"] > 0
+    changed = model(fine_tuned, "ft")
+    assert all(not torch.equal(before[name], changed[name]) for name in before)
+
+
+def test_neither_order_nor_workers_nor_company_change_a_result(personalized: Run) -> None:
+    one, _ = personalized("personalization=[ft,lp_ft,soup_ft]")
+    two, _ = personalized(
+        "personalization=[soup_ft,lp_ft,ft]", "executor=processes", "executor.workers=2", "curves.every=null"
+    )
+    assert one["methods"] == {name: two["methods"][name] for name in one["methods"]}
+    alone, _ = personalized("personalization=[ft]")
+    assert alone["methods"]["ft"] == one["methods"]["ft"]
+
+
+def test_the_stock_trainer_gives_the_same_bits(personalized: Run) -> None:
+    lean, _ = personalized("personalization=[lp_ft]")
+    stock, _ = personalized("personalization=[lp_ft]", "local.engine=stock")
+    assert lean["methods"]["lp_ft"] == stock["methods"]["lp_ft"]
+
+
+def test_personalizing_one_client_does_not_touch_another(fine_tuned: Path, trained: Path) -> None:
+    """A federation in which another client has other data gives this one the same model."""
+    cfg = compose_personalization(f"checkpoint={trained}", "personalization=[ft]")
+    source = open_source(plain(cfg))
+    (strategy,) = [one for one in build_strategies(cfg) if one.name == "ft"]
+    strategy.prepare(source.module, cfg.seed)
+    assert strategy.local is not None
+    client = Client(2, source.data.clients[2])
+    fit = strategy.local.fit(client, Broadcast(0, snapshot(source.module.state_dict())))
+    assert same(export_state_dict(fit.update.state, source.module.head_path), model(fine_tuned, "ft", client=2))
+
+
+def test_what_is_left_behind(personalized: Run, trained: Path) -> None:
+    results, folder = personalized("personalization=[ft,lp_ft]", "seeds=2", "figures=true", "logger=tensorboard")
+    assert list(results["methods"]) == ["none", "local", "ft", "lp_ft"]
+    assert list(folder.glob("events.out.tfevents*"))
+    for name, method in results["methods"].items():
+        matrix = AccuracyMatrix.load(folder / "matrix" / f"{name}.csv")
+        assert method["local"] == pytest.approx(np.diagonal(matrix.values).mean())
+        off = matrix.values[~np.eye(3, dtype=bool)]
+        assert method["global_others"] == pytest.approx(off.mean())
+        assert method["global_all"] == pytest.approx(matrix.values.mean())
+        assert method["avg2"] == pytest.approx((method["local"] + method["global_others"]) / 2)
+        runs = [AccuracyMatrix.load(folder / "matrix" / f"seed_{n}" / f"{name}.csv") for n in (0, 1)]
+        assert matrix.values == pytest.approx((runs[0].values + runs[1].values) / 2)
+        assert [seed["worst_row"] for seed in method["per_seed"]] == pytest.approx(
+            [m.metric("worst_row") for m in runs]
+        )
+        numbers = [seed["local"] for seed in method["per_seed"]]
+        assert method["std"]["local"] == pytest.approx(np.std(numbers, ddof=1))
+        assert 0 <= method["share_hurt"] <= 1
+        assert len(method["clients"]) == 3
+    trained_results = json.loads((trained / "results.json").read_text())
+    assert results["methods"]["none"]["local"] == pytest.approx(trained_results["global"]["mean"])
+    assert results["methods"]["none"]["share_hurt"] == 0
+    ft = results["methods"]["ft"]
+    worse = [client["change_from_none"] < 0 for client in ft["clients"]]
+    pairs = {(pair["first"], pair["second"]): pair for pair in results["comparisons"]}
+    assert pairs["none", "ft"]["wins"] == sum(worse)
+    assert results == json.loads((folder / "results.json").read_text())
+    assert "**" in (folder / "table.md").read_text()
+    assert r"\toprule" in (folder / "table.tex").read_text()
+    rows = list(csv.DictReader((folder / "curves.csv").open()))
+    assert [row["epoch"] for row in rows if row["strategy"] == "ft"] == ["0", "1", "2"]
+    ends = {row["strategy"]: row for row in rows}
+    assert float(ends["lp_ft"]["global_others"]) == pytest.approx(results["methods"]["lp_ft"]["global_others"])
+    figures = {str(path.relative_to(folder / "figures")) for path in (folder / "figures").rglob("*.png")}
+    assert {"matrix/ft.png", "gains/lp_ft.png", "epochs/strategies.png", "drop_against_distortion.png"} <= figures
+
+
+def test_a_grid_runs_what_it_changes_and_flooding_is_compared(personalized: Run) -> None:
+    results, folder = personalized("personalization=[ft]", "grid={flooding.level: [0.5, 1.0]}", "figures=true")
+    names = ["none", "local level=0.5", "local level=1.0", "ft level=0.5", "ft level=1.0"]
+    assert list(results["methods"]) == names
+    assert results["methods"]["ft level=0.5"]["local"] is not None
+    assert (folder / "figures" / "equal_loss.png").exists()
+    assert (folder / "figures" / "epochs" / "ft.png").exists()
+    assert (folder / "matrix" / "ft_level=0.5.csv").exists()
+    assert results["methods"]["ft level=1.0"]["share_hurt_vs_ft"] == 0  # against itself
+
+
+def test_options_reach_every_strategy(personalized: Run, trained: Path) -> None:
+    before = torch.load(trained / "global_model.pt", weights_only=True)
+    _, folder = personalized("personalization=[ft,lp_ft]", "batch_norm=frozen", "save_models=true", "optimizer=adamw")
+    for strategy in ("ft", "lp_ft"):
+        after = model(folder, strategy)
+        stays = {name for name in before if torch.equal(before[name], after[name])}
+        assert stays == {name for name in before if name.startswith("norm1.")}
+
+
+def test_best_epoch_and_schedule(personalized: Run) -> None:
+    best = "{_target_: fl_lightning.callbacks.best_epoch.BestEpoch, patience: 1}"
+    schedule = "{_target_: torch.optim.lr_scheduler.CosineAnnealingLR, _partial_: true, T_max: 4}"
+    results, _ = personalized(
+        "personalization=[ft]", f"+callbacks.best={best}", "local.validate=true", f"scheduler={schedule}", "epochs=4"
+    )
+    assert results["methods"]["ft"]["local"] > 0
+
+
+def test_every_yaml_of_the_folder_runs(personalized: Run) -> None:
+    names = [name for name in STRATEGIES if name not in ("none", "local", "lora_ft")]
+    results, _ = personalized(f"personalization=[{','.join(names)}]", "curves.every=null")
+    assert set(results["methods"]) == {"none", "local", *names}

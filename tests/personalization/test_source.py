@@ -1,0 +1,82 @@
+"""All the things that ``checkpoint=`` may be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from fl_lightning.checkpoint import FORMAT
+from fl_lightning.config import plain
+from fl_lightning.models.export import import_state_dict
+from fl_lightning.personalization.source import open_source, read_state
+from tests.personalization.conftest import compose_personalization
+
+MODEL = ["~model", "+model._target_=tests.federations.tiny_model"]
+
+
+def write(kind: str, state: dict[str, torch.Tensor], folder: Path) -> Path:
+    """Write a global model in one of the forms that the world uses."""
+    own = import_state_dict(state, "head")
+    contents: dict[str, Any] = {
+        "plain.pt": state,
+        "own.pt": own,
+        "lightning.ckpt": {"state_dict": own, "epoch": 3, "pytorch-lightning_version": "2.6.6"},
+        "wrapped.ckpt": {"state_dict": {f"model.{name}": tensor for name, tensor in state.items()}},
+        "last.pt": {"format": FORMAT, "round": 3, "state": own},
+    }
+    path = folder / kind
+    if kind == "plain.safetensors":
+        save_file(state, path)
+    else:
+        torch.save(contents[kind], path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind", ["plain.pt", "own.pt", "lightning.ckpt", "wrapped.ckpt", "last.pt", "plain.safetensors"]
+)
+def test_every_file_gives_the_same_model(kind: str, trained: Path, tiny_root: Path, tmp_path: Path) -> None:
+    path = write(kind, torch.load(trained / "global_model.pt", weights_only=True), tmp_path)
+    cfg = compose_personalization(f"checkpoint={path}", "data=folder", f"data.root={tiny_root}", *MODEL)
+    source = open_source(plain(cfg))
+    reference = open_source(plain(compose_personalization(f"checkpoint={trained}")))
+    expected = reference.module.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in source.module.state_dict().items())
+
+
+def test_a_run_says_what_it_is(trained: Path, personalized: Callable[..., tuple[Any, Path]]) -> None:
+    results, folder = personalized("personalization=[lp]", "batch_size=5", "save_models=true")
+    assert results["source"]["kind"] == "run folder"
+    assert results["source"]["method"] == "fedavg"
+    assert (folder / "partition.json").read_text() == (trained / "partition.json").read_text()
+
+
+def test_a_timm_model_needs_no_federation(tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    create = timm.create_model
+
+    def offline(name: str, pretrained: bool, **arguments: Any) -> torch.nn.Module:
+        asked.append(pretrained)
+        return create(name, pretrained=False, **arguments)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    cfg = compose_personalization("checkpoint=resnet10t.c3_in1k", "data=folder", f"data.root={tiny_root}")
+    source = open_source(plain(cfg))
+    assert asked == [True]
+    assert source.module.head.out_features == 3
+    assert source.description["kind"] == "timm, pretrained"
+
+
+def test_a_file_without_tensors_is_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"a": 1}}, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match="holds no named tensors"):
+        read_state(tmp_path / "odd.pt", "head")
+    (tmp_path / "odd.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match="damaged, or no safetensors"):
+        read_state(tmp_path / "odd.safetensors", "head")
