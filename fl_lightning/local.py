@@ -8,7 +8,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -18,6 +19,8 @@ from typing_extensions import override
 
 from fl_lightning.callback import FederatedCallback
 from fl_lightning.client import Broadcast, Client, Update
+from fl_lightning.lean_fit import LeanFit, needs_logging, why_not
+from fl_lightning.not_covered import NotCoveredError
 from fl_lightning.seeding import derive_seed
 from fl_lightning.sharing import Sharing
 from fl_lightning.state import State, difference, load, snapshot
@@ -26,6 +29,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fl_lightning.module import FederatedModule
+
+log = logging.getLogger(__name__)
+
+Engine = Literal["auto", "lean", "stock"]
 
 # Per-fit folders, banners, bars and summaries would be written once per client and round.
 QUIET: dict[str, Any] = {
@@ -54,17 +61,28 @@ class LocalTraining:
     Args:
         trainer: Makes a Lightning Trainer; epochs, precision, clipping and accumulation are set there.
         validate: Whether every fit also runs the client's validation data, for callbacks that monitor it.
+        engine: What runs the loop; the result is the same to the bit. ``stock``: Lightning's own ``Trainer.fit``, with
+            a new Trainer for every fit. ``lean``: :class:`~fl_lightning.lean_fit.LeanFit`, about as fast as a bare
+            loop, which refuses what it does not cover. ``auto``: lean where everything in use is covered, else stock,
+            with one line in the log that says why.
+
+    Raises:
+        ValueError: If ``engine`` is none of the three.
     """
 
-    def __init__(self, trainer: Callable[..., Trainer], validate: bool = False) -> None:
+    def __init__(self, trainer: Callable[..., Trainer], validate: bool = False, engine: Engine = "auto") -> None:
+        if engine not in get_args(Engine):
+            raise ValueError(f"local.engine must be one of {', '.join(get_args(Engine))}, got {engine!r}")
         self.trainer = trainer
         self.validate = validate
+        self.engine = engine
+        self._lean: LeanFit | None = None
+        self._needs_stock = ""
+        self.callbacks: list[Callback] = []
         self.stage = ""
         self.stages: dict[str, LocalTraining] = {}
 
-    def setup(
-        self, module: FederatedModule, sharing: Sharing, callbacks: Sequence[Callback], seed: int
-    ) -> None:
+    def setup(self, module: FederatedModule, sharing: Sharing, callbacks: Sequence[Callback], seed: int) -> None:
         """Learn what stays the same over all fits, and check what can be checked before the first.
 
         Args:
@@ -104,7 +122,7 @@ class LocalTraining:
         return [callback for callback in self.callbacks if isinstance(callback, FederatedCallback)]
 
     def client_state(self, client: Client, shared: State) -> State:
-        """Return every tensor of the model as a client sees it: shared ones, its own, and the initial ones for the rest."""
+        """Return every tensor of the model as a client sees it: shared, its own, and the initial ones for the rest."""
         return {**self.initial, **client.personal, **shared}
 
     def fit(self, client: Client, broadcast: Broadcast) -> Fit:
@@ -120,6 +138,14 @@ class LocalTraining:
         Raises:
             ValueError: If the message does not hold the shared tensors, or the fit changed a tensor declared as fixed.
         """
+        try:
+            return self._fit(client, broadcast)
+        except NotCoveredError as reason:
+            # Nothing of the attempt is left: a fit changes neither client nor message, and starts by loading the model.
+            self._use_stock(str(reason))
+            return self._fit(client, broadcast)
+
+    def _fit(self, client: Client, broadcast: Broadcast) -> Fit:
         if broadcast.stage:
             whole = replace(client, personal=self.client_state(client, broadcast.state))
             return self.stages[broadcast.stage].fit(whole, Broadcast(broadcast.round, {}))
@@ -159,28 +185,59 @@ class LocalTraining:
             callback if isinstance(callback, FederatedCallback) else copy.deepcopy(callback)
             for callback in self.callbacks
         ]
-        trainer = self._new_trainer(callbacks)
         # Since Lightning 2.2 `fit` no longer does this, and an evaluation may have left the module in eval mode.
         module.train()
-        module.log_to_callbacks = trainer.logger is not None
-        with quiet_warnings():
-            trainer.fit(module, datamodule=client.data)
-        metrics = dict(trainer.logger.metrics) if isinstance(trainer.logger, FitLogger) else {}
+        lean = self._lean_fit(module, callbacks)
+        if lean is not None:
+            module.log_to_callbacks = False
+            lean.fit(module, client.data, callbacks)
+            metrics = {}
+        else:
+            trainer = self._new_trainer(callbacks)
+            module.log_to_callbacks = trainer.logger is not None
+            with quiet_warnings():
+                trainer.fit(module, datamodule=client.data)
+            metrics = dict(trainer.logger.metrics) if isinstance(trainer.logger, FitLogger) else {}
         if module.step_losses:
             metrics["train_loss"] = torch.stack(module.step_losses).mean().item()
         return metrics
 
+    def _lean_fit(self, module: FederatedModule, callbacks: Sequence[Callback]) -> LeanFit | None:
+        """Return what runs the lean fit, or None where Lightning's own loop is to be taken."""
+        if self.engine == "stock" or self._needs_stock:
+            return None
+        reason = why_not(self.trainer, module, callbacks, self.validate)
+        if reason is None and self._lean is None:
+            assert isinstance(self.trainer, partial)
+            try:
+                self._lean = LeanFit(self.trainer, {**QUIET, **self._options(callbacks)})
+            except NotCoveredError as error:
+                reason = str(error)
+        if reason is not None:
+            self._use_stock(reason)
+            return None
+        return self._lean
+
+    def _use_stock(self, reason: str) -> None:
+        if self.engine == "lean":
+            raise ValueError(f"local.engine=lean cannot run this fit, because {reason}; set local.engine=auto")
+        self._needs_stock = reason
+        log.info("fits run in Lightning's own loop, because %s: the same result, but slower for small clients", reason)
+
     def _new_trainer(self, callbacks: Sequence[Callback]) -> Trainer:
-        plain = [callback for callback in callbacks if not isinstance(callback, FederatedCallback)]
-        validation = {} if self.validate else {"limit_val_batches": 0}
-        return self.trainer(
-            callbacks=list(callbacks),
-            logger=FitLogger() if plain else False,
-            enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in plain),
-            log_every_n_steps=1,
-            **validation,
-            **QUIET,
-        )
+        logger = FitLogger() if needs_logging(callbacks) else False
+        return self.trainer(callbacks=list(callbacks), logger=logger, **self._options(callbacks), **QUIET)
+
+    def _options(self, callbacks: Sequence[Callback]) -> dict[str, Any]:
+        return {
+            "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
+            "log_every_n_steps": 1,
+            **({} if self.validate else {"limit_val_batches": 0}),
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A Trainer does not travel to another process; one is made there.
+        return {**self.__dict__, "_lean": None}
 
 
 class FitLogger(Logger):
