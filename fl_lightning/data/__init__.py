@@ -1,9 +1,14 @@
 """Data sets divided among clients, and batches of them."""
 
 from fl_lightning.data.augmentation import PerImageTransform, RandomCrop, RandomHorizontalFlip
+from fl_lightning.data.celeba import CelebA
+from fl_lightning.data.chexpert import CheXpert
 from fl_lightning.data.client_data import ClientData
 from fl_lightning.data.client_indices import ClientIndices
+from fl_lightning.data.corrupted_cifar import CorruptedCifar
+from fl_lightning.data.digit5 import Digit5
 from fl_lightning.data.digits import Digits
+from fl_lightning.data.domainnet import DomainNet
 from fl_lightning.data.federated_data import Examples, FederatedData
 from fl_lightning.data.folder import Folder
 from fl_lightning.data.image_files import ImageFiles
@@ -17,10 +22,15 @@ from fl_lightning.data.torchvision_sets import TorchvisionSet
 from fl_lightning.data.train_test import TrainTest, pool_clients
 
 __all__ = [
+    "CelebA",
+    "CheXpert",
     "ClientData",
     "ClientIndices",
+    "CorruptedCifar",
+    "Digit5",
     "Digits",
     "Dirichlet",
+    "DomainNet",
     "Examples",
     "FederatedData",
     "Folder",

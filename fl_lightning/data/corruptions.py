@@ -42,7 +42,7 @@ def _pixelate(images: Tensor, strength: float, generator: torch.Generator) -> Te
     """Shrunk to a share of the size, and enlarged again without smoothing."""
     height, width = images.shape[-2:]
     small = vision.resize(images, [max(1, round(height * strength)), max(1, round(width * strength))], antialias=True)
-    return vision.resize(small, [height, width], interpolation=vision.InterpolationMode.NEAREST)
+    return vision.resize(small, [height, width], interpolation=vision.InterpolationMode.NEAREST_EXACT)
 
 
 def _jpeg_compression(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
