@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fl_lightning.callback import FederatedCallback
+from fl_lightning.evaluation.predict import score_clients
+from tests.federations import federation
+
+AFTER_FIT = "+callbacks.after_fit._target_=fl_lightning.callbacks.after_fit_evaluation.AfterFitEvaluation"
+
+
+def test_it_scores_what_the_fit_left_and_says_so(tiny_root: Path, tmp_path: Path) -> None:
+    scores: dict[int, float] = {}
+
+    class Oracle(FederatedCallback):
+        def on_client_end(self, client: Any, module: Any, update: Any) -> None:
+            scores[client.id] = score_clients(module, [client.data], "test").pooled["accuracy"]
+
+    run = federation(tiny_root, tmp_path, "method=fedavg", AFTER_FIT, "cohort.number=2", "loop.rounds=3")
+    run.loop.add_callback("oracle", Oracle())
+    run.fit()
+    row = run.loop.history[-1]
+    assert row["test/after_fit/mean"] == pytest.approx(sum(scores.values()) / len(scores))
+    assert run.loop.callbacks["after_fit"].results(run.loop)["after_fit"]["worst"] == min(scores.values())  # type: ignore[union-attr]
+
+
+def test_scoring_changes_no_training(tiny_root: Path, tmp_path: Path) -> None:
+    import torch
+
+    runs = [
+        federation(tiny_root, tmp_path / str(i), "method=fedavg", *extra) for i, extra in enumerate(([AFTER_FIT], []))
+    ]
+    for run in runs:
+        run.fit()
+    assert all(torch.equal(runs[0].loop.state[name], runs[1].loop.state[name]) for name in runs[0].loop.state)
