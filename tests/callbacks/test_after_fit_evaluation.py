@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fl_lightning.callback import FederatedCallback
 from fl_lightning.evaluation.predict import score_clients
@@ -28,8 +29,6 @@ def test_it_scores_what_the_fit_left_and_says_so(tiny_root: Path, tmp_path: Path
 
 
 def test_scoring_changes_no_training(tiny_root: Path, tmp_path: Path) -> None:
-    import torch
-
     runs = [
         federation(tiny_root, tmp_path / str(i), "method=fedavg", *extra) for i, extra in enumerate(([AFTER_FIT], []))
     ]

@@ -1,0 +1,137 @@
+"""Every method has settings at which it is another one; no reference numbers are needed to know what must come out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fl_lightning.state import State
+from fl_lightning.training import Federation
+from tests.federations import assert_same, federation
+
+PLAIN = ["trainer.max_epochs=1", "aggregator.weights=examples"]
+CLIPPED = ["trainer.gradient_clip_val=0.05"]
+TWO = ["trainer.max_epochs=2"]
+UNIFORM = ["aggregator.weights=uniform"]
+PROBE = [
+    "+callbacks.probe._target_=fl_lightning.callbacks.freeze_schedule.FreezeSchedule",
+    "+callbacks.probe.phases=[{train:[head]}]",
+]
+
+
+REFERENCES: dict[tuple[str, ...], Federation] = {}
+
+
+def train(tiny_root: Path, folder: Path, *overrides: str) -> Federation:
+    run = federation(tiny_root, folder, "seed=5", "optimizer.weight_decay=0.01", *overrides)
+    run.fit()
+    return run
+
+
+def reference_run(tiny_root: Path, folder: Path, *overrides: str) -> Federation:
+    """A run that several cases are compared with; it is trained once."""
+    if overrides not in REFERENCES:
+        REFERENCES[overrides] = train(tiny_root, folder, *overrides)
+    return REFERENCES[overrides]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reference"),
+    [
+        (["method=fedper", "sharing.personal=[]"], []),
+        (["method=fedftha", "sharing.personal=[]", "method.tau_sync=1", "method.tau_head=0", *PLAIN], []),
+        (
+            ["method=fedftha", "sharing.personal=[]", "method.tau_sync=1", "method.tau_head=0", "trainer.max_epochs=1"],
+            UNIFORM,
+        ),
+        (["method=lg_fedavg", "sharing.shared=['*']", *PLAIN], []),
+        (["method=apfl", "module.alpha=0", "module.adaptive=false"], []),
+        (["method=apfl", "module.mix=outputs"], []),
+        (["method=apfl", *CLIPPED], CLIPPED),
+        (["method=ditto"], []),
+        (["method=ditto", *CLIPPED], CLIPPED),
+        (["method=reptile"], []),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_the_global_model_is_that_of_fedavg(
+    settings: list[str], reference: list[str], tiny_root: Path, tmp_path: Path
+) -> None:
+    run = train(tiny_root, tmp_path / "run", *settings)
+    fedavg = reference_run(tiny_root, tmp_path / "fedavg", "method=fedavg", *reference)
+    assert_same(run.loop.state, fedavg.loop.state)
+    assert_same(run.loop.global_state(), fedavg.loop.global_state())
+
+
+@pytest.mark.parametrize(
+    ("settings", "prefix", "reference"),
+    [
+        (["method=fedper", "sharing.personal=['*']"], "", []),
+        (["method=ditto", "module.lam=0"], "personal.", []),
+        (["method=ditto", "module.lam=0", *CLIPPED], "personal.", CLIPPED),
+        (["method=apfl", "module.alpha=1", "module.adaptive=false"], "personal.", []),
+        (["method=l2gd", "callbacks.averaging.p=0"], "", []),
+        (["method=mocha", "callbacks.relations.lam=0"], "", []),
+        (
+            ["method=fedrep", "callbacks.final=null", "method.head_epochs=2", "method.body_epochs=0", *TWO],
+            "",
+            [*PROBE, *TWO],
+        ),
+        (["method=fedftha", "method.tau_sync=0", "method.tau_head=2", *TWO], "", [*PROBE, *TWO]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_the_personal_model_is_that_of_local_training(
+    settings: list[str], prefix: str, reference: list[str], tiny_root: Path, tmp_path: Path
+) -> None:
+    run = train(tiny_root, tmp_path / "run", *settings)
+    local = reference_run(tiny_root, tmp_path / "local", "method=local", *reference)
+    for client, other in zip(run.clients, local.clients, strict=True):
+        mine = {prefix + name: tensor for name, tensor in other.personal.items()}
+        whole: State = run.loop.personal_state(client)
+        assert_same({name: whole[name] for name in mine}, mine)
+
+
+def test_fedftha_without_head_epochs_is_fedper_when_all_take_part(tiny_root: Path, tmp_path: Path) -> None:
+    settings = ["method=fedftha", "method.tau_sync=2", "method.tau_head=0", "trainer.max_epochs=2"]
+    run = train(tiny_root, tmp_path / "run", *settings)
+    fedper = train(tiny_root, tmp_path / "fedper", "method=fedper", "trainer.max_epochs=2", *UNIFORM)
+    assert_same(run.loop.state, fedper.loop.state)
+    for client, other in zip(run.clients, fedper.clients, strict=True):
+        assert_same(client.personal, other.personal)
+
+
+@pytest.mark.parametrize("method", ["fedrep", "fedftha"])
+def test_without_body_epochs_the_body_stays(method: str, tiny_root: Path, tmp_path: Path) -> None:
+    zero = "method.body_epochs=0" if method == "fedrep" else "method.tau_sync=0"
+    epochs = "trainer.max_epochs=10" if method == "fedrep" else "trainer.max_epochs=5"
+    run = train(tiny_root, tmp_path / "run", f"method={method}", zero, epochs)
+    for name, tensor in run.loop.state.items():
+        torch.testing.assert_close(tensor, run.loop.local.initial[name])
+
+
+def test_fedbabu_keeps_the_head_and_sends_the_body_alone(tiny_root: Path, tmp_path: Path) -> None:
+    run = train(tiny_root, tmp_path / "run", "method=fedbabu", "callbacks.final=null")
+    initial = run.loop.local.initial
+    state = run.loop.global_state()
+    assert state is not None
+    assert_same(
+        {n: state[n] for n in state if n.startswith("head.")}, {n: initial[n] for n in initial if n.startswith("head.")}
+    )
+    assert all(not client.personal for client in run.clients)
+    body = sum(tensor.nbytes for name, tensor in initial.items() if name.startswith("backbone."))
+    assert run.loop.bytes_up == run.loop.bytes_down == 2 * 3 * body
+    assert any(not torch.equal(state[name], initial[name]) for name in state if name.startswith("backbone."))
+
+
+@pytest.mark.parametrize("method", ["fedper", "fedft", "fedrep", "lg_fedavg", "mocha", "virtual"])
+def test_methods_without_a_global_head_report_none(
+    method: str, tiny_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        run = train(tiny_root, tmp_path / "run", f"method={method}")
+    assert sum("no global model" in message for message in caplog.messages) == 1
+    assert not any("/global/" in key for row in run.loop.history for key in row)
+    assert all("test/personal/mean" in row for row in run.loop.history)
