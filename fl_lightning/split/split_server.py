@@ -174,7 +174,12 @@ class SplitServer(FederatedCallback):
         if self.keep_optimizer:
             self._optimizers[self._optimizer_key] = self.body.optimizer_state()
         cut, profile, exchange = self.cuts[client.id], self._profile_of[client.id], self._exchange
-        self._batches.append([self.latency.batch(cut, profile, size) for size in exchange.batches])
+        batches = [self.latency.batch(cut, profile, size) for size in exchange.batches]
+        own = {name: tensor for name, tensor in update.state.items() if name not in self.body.names}
+        if own:  # weights of the client's parts, which are averaged: they come down before the fit and go up after it
+            size = num_bytes(own)
+            batches.insert(0, BatchSeconds(size / profile.down, 0.0, 0.0, 0.0, size / profile.up))
+        self._batches.append(batches)
         self.traffic += exchange.traffic
         self._round += exchange.traffic
         loop.bytes_up += exchange.traffic.up - num_bytes(self._body_of(update.state))

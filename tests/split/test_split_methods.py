@@ -24,7 +24,7 @@ def train(tiny_root: Path, folder: Path, method: str, *overrides: str) -> Federa
 
 def test_splitfed_is_fedavg_to_the_bit(tiny_root: Path, tmp_path: Path) -> None:
     split = train(tiny_root, tmp_path / "split", "splitfed")
-    plain = train(tiny_root, tmp_path / "plain", "fedavg")
+    plain = train(tiny_root, tmp_path / "plain", "fedavg", "optimizer=adam")
     assert_same(split.loop.state, plain.loop.state)
 
 
@@ -181,6 +181,22 @@ def test_two_levels_degenerate_to_fedavg(settings: dict[str, int], tiny_root: Pa
         tiny_root, tmp_path / "levels", "splitfed", "aggregator._target_=fl_lightning.split.edges.EdgeAggregator",
         *(f"+{override}" for override in overrides),
     )  # fmt: skip
-    plain = train(tiny_root, tmp_path / "plain", "fedavg")
+    plain = train(tiny_root, tmp_path / "plain", "fedavg", "optimizer=adam")
     for name, tensor in plain.loop.state.items():
         torch.testing.assert_close(levels.loop.state[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_device_clock_by_hand(tiny_root: Path, tmp_path: Path) -> None:
+    clock = (
+        "+callbacks.clock={_target_: fl_lightning.split.device_clock.DeviceClock, "
+        "profiles: [{flops_per_second: 1e6, up: 1e3, down: 2e3}, {flops_per_second: 5e5, up: 1e4, down: 1e4}]}"
+    )
+    run = train(tiny_root, tmp_path / "run", "fedavg", clock, "trainer.max_epochs=2")
+    size = sum(tensor.numel() * tensor.element_size() for tensor in run.loop.state.values())
+    flops = 2 * (4 * 4 * 4 * 3 * 9) + 2 * (2 * 2 * 4 * 4 * 9) + 2 * 16 * 3  # two convolutions and the head
+    devices = [(1e6, 1e3, 2e3), (5e5, 1e4, 1e4)]
+    rounds = [
+        size / down + size / up + 3 * flops * 2 * client.num_examples / speed
+        for client, (speed, up, down) in zip(run.clients, [devices[0], devices[1], devices[0]], strict=True)
+    ]
+    assert run.loop.callbacks["clock"].results(run.loop)["simulated_seconds"] == pytest.approx(2 * max(rounds))

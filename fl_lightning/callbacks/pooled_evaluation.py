@@ -1,0 +1,61 @@
+"""How far a client's own model reaches: its score on the test data of all clients together."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
+
+from fl_lightning.callback import FederatedCallback
+from fl_lightning.evaluation.predict import score_clients
+from fl_lightning.state import load
+
+if TYPE_CHECKING:
+    from fl_lightning.loop import FederatedLoop
+
+METRIC = "accuracy"
+
+
+class PooledEvaluation(FederatedCallback):
+    """Scores every client's model on its own test data and on the pooled test data of all clients.
+
+    Logs ``pooled/own`` and ``pooled/all``, means over clients, and adds both of every client to ``results.json``, there
+    for the models that are kept. Where a method has no personal models, each client's model is the global one.
+
+    Args:
+        every: Rounds between two evaluations, at least 1; the last round is always evaluated. It costs as many scores
+            as there are clients, squared.
+
+    Raises:
+        ValueError: If ``every`` is below 1.
+    """
+
+    def __init__(self, every: int = 1) -> None:
+        if every < 1:
+            raise ValueError(f"`every` of a pooled evaluation must be at least 1, got {every}")
+        self.every = every
+
+    def score(self, loop: FederatedLoop) -> dict[str, dict[str, float]]:
+        """Return, for every client by name, what its model scores on its ``own`` data and on ``all``."""
+        datas = [client.data for client in loop.clients]
+        scores = {}
+        for index, client in enumerate(loop.clients):
+            loop.module.to(loop.local.device)
+            load(loop.module, loop.personal_state(client))
+            found = score_clients(loop.module.personal_forward, datas, "test")
+            scores[client.name] = {"own": found.by_client[index][METRIC], "all": found.pooled[METRIC]}
+        return scores
+
+    @override
+    def on_round_end(self, loop: FederatedLoop) -> None:
+        if (loop.round + 1) % self.every and loop.round + 1 != loop.rounds:
+            return
+        scores = self.score(loop).values()
+        loop.log({f"pooled/{key}": math.fsum(score[key] for score in scores) / len(scores) for key in ("own", "all")})
+
+    @override
+    def results(self, loop: FederatedLoop) -> dict[str, Any]:
+        scores = self.score(loop)
+        means = {key: math.fsum(score[key] for score in scores.values()) / len(scores) for key in ("own", "all")}
+        return {"pooled": {"mean": means, "clients": scores}}

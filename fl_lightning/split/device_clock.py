@@ -1,0 +1,92 @@
+"""Simulated time of methods that train the whole model at the client, on the devices that split training assumes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningModule, Trainer
+from typing_extensions import override
+
+from fl_lightning.callback import FederatedCallback
+from fl_lightning.split.profile import ClientProfile, profile_model
+
+if TYPE_CHECKING:
+    from fl_lightning.client import Broadcast, Client, Update
+    from fl_lightning.loop import FederatedLoop
+    from fl_lightning.module import FederatedModule
+
+
+class DeviceClock(FederatedCallback):
+    """Tells how long the rounds would take on given devices: the model comes down, trains there, and goes up.
+
+    A client needs ``bytes down / down + 3 F n / f + bytes up / up`` seconds, with F the FLOPs of an example's forward
+    pass, n the examples of its fit and f its speed; a round lasts as long as its slowest client. It logs
+    ``split/simulated_seconds``, as `SplitServer` does.
+
+    Args:
+        profiles: What the clients' devices can do, used in turn.
+    """
+
+    def __init__(self, profiles: Sequence[Mapping[str, float]] = ({},)) -> None:
+        if not profiles:
+            raise ValueError("`profiles` must hold at least one client profile, got none.")
+        self.profiles = [ClientProfile.of(profile) for profile in profiles]
+        self.seconds = 0.0
+
+    @override
+    def on_federation_start(self, loop: FederatedLoop) -> None:
+        module = loop.module.to("cpu")
+        x = next(iter(loop.clients[0].data.train_dataloader()))[0][:1].to("cpu")
+        profile = profile_model({"backbone": module.backbone}, module.head, x)
+        self._flops = profile.client_flops(1, 1)
+        order = {client.id: index for index, client in enumerate(loop.clients)}
+        self._profile_of = {client: self.profiles[index % len(self.profiles)] for client, index in order.items()}
+
+    @override
+    def on_round_start(self, loop: FederatedLoop, cohort: Sequence[Client]) -> None:
+        self._slowest = 0.0
+        self._down: dict[int, int] = {}
+
+    @override
+    def on_broadcast(self, loop: FederatedLoop, client: Client, broadcast: Broadcast) -> None:
+        self._down[client.id] = broadcast.num_bytes
+
+    @override
+    def on_client_start(self, client: Client, module: FederatedModule, broadcast: Broadcast) -> None:
+        self._examples = 0
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._examples += len(batch[1])
+
+    @override
+    def on_client_end(self, client: Client, module: FederatedModule, update: Update) -> None:
+        update.metrics["examples"] = float(self._examples)
+
+    @override
+    def on_update(self, loop: FederatedLoop, client: Client, update: Update) -> None:
+        device = self._profile_of[client.id]
+        seconds = (
+            self._down[client.id] / device.down
+            + 3 * self._flops * update.metrics["examples"] / device.flops_per_second
+            + update.num_bytes / device.up
+        )
+        self._slowest = max(self._slowest, seconds)
+
+    @override
+    def on_aggregate_end(self, loop: FederatedLoop) -> None:
+        self.seconds += self._slowest
+        loop.log({"split/simulated_seconds_round": self._slowest, "split/simulated_seconds": self.seconds})
+
+    @override
+    def results(self, loop: FederatedLoop) -> dict[str, Any]:
+        return {"simulated_seconds": self.seconds}
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seconds = state_dict["seconds"]
