@@ -15,6 +15,7 @@ from fl_lightning import atomic
 from fl_lightning.client import Broadcast, Client
 from fl_lightning.config import instantiate, plain
 from fl_lightning.executors.executor import Executor
+from fl_lightning.executors.serial import SerialExecutor
 from fl_lightning.models.export import export_state_dict
 from fl_lightning.module import FederatedModule
 from fl_lightning.personalization.epoch_curves import curve_of
@@ -57,6 +58,10 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         strategy.prepare(source.module, config["seed"])
     logger = instantiate(config["logger"] or None, "logger", save_dir=str(folder))
     executor: Executor = instantiate(config["executor"], "executor")
+    device = next((one.local.device for one in strategies if one.local is not None), source.module.device)
+    source.module.to(device)
+    if isinstance(executor, SerialExecutor):
+        source.data.to(device)  # workers have memory of their own; here all clients share one pool
     run_folder.start(config)
     run_folder.keep_partition(source.data.partition)
     measurement = Measurement(source.module, source.data.clients)
@@ -86,7 +91,7 @@ def personalize(
         One outcome for each strategy, client and seed.
     """
     module = source.module
-    start = snapshot(module.state_dict())
+    start, device = snapshot(module.state_dict()), module.device
     clients = [Client(data.id, data) for data in source.data.clients]
     random_starts: list[State] = []
     if any(strategy.start == "random" for strategy in strategies):
@@ -106,7 +111,7 @@ def personalize(
         for client, number, state, curve in _models(strategy, clients, starts, executor):
             if not all_finite(state):
                 log.warning("%s, client %s: its model has diverged (NaN)", strategy.name, client.name)
-            load(module, state)
+            load(module.to(device), state)
             measures = measurement.measure(module, client.id)
             outcomes.append(Outcome(strategy, client.id, number, measures, curve))
             if config["save_models"]:
