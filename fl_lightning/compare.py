@@ -1,0 +1,161 @@
+"""Several methods under one evaluation, as one table: ``python -m fl_lightning.compare fedftha/two_cores``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import fl_lightning.config  # noqa: F401 - registers the schema before Hydra composes
+from fl_lightning import atomic, training
+from fl_lightning.command_line import CONF
+from fl_lightning.config import differences, plain
+from fl_lightning.evaluation.results import read_json
+from fl_lightning.evaluation.tables import Best, markdown_table
+from fl_lightning.run_folder import RunFolder
+
+# What changes no result of a finished run.
+IRRELEVANT = ("resume", "executor", "progress", "paths", "checkpoint", "logger", "dashboard")
+BEST: Best = {"global": "max", "personal": "max", "worst personal": "max", "worst global": "max"}
+
+
+@dataclass
+class Comparison:
+    """A file of ``conf/comparison``: runs of ``train.py`` that differ in a few overrides.
+
+    Attributes:
+        folder: Where the runs go, one folder each; ``{folder}`` in an override stands for it.
+        common: Overrides of all runs.
+        runs: Overrides of each run, by its name in the table.
+    """
+
+    folder: str
+    common: list[str]
+    runs: dict[str, list[str]]
+
+    @staticmethod
+    def read(name: str) -> Comparison:
+        """Read ``conf/comparison/<name>.yaml``.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            ValueError: If it holds anything but the attributes above.
+        """
+        path = CONF / "comparison" / f"{name}.yaml"
+        if not path.is_file():
+            root = CONF / "comparison"
+            known = sorted(str(file.relative_to(root).with_suffix("")) for file in root.rglob("*.yaml"))
+            raise FileNotFoundError(f"there is no comparison {name!r}; there are {', '.join(known)}")
+        try:
+            merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Comparison), OmegaConf.load(path)))
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
+        assert isinstance(merged, Comparison)
+        return merged
+
+    def configuration(self, run: str, overrides: Sequence[str] = ()) -> DictConfig:
+        """Compose what ``train.py`` would be given for one run."""
+        given = [*self.common, *self.runs[run], *overrides]
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose("train", [override.replace("{folder}", self.folder) for override in given])
+
+
+def compare(comparison: Comparison, names: Sequence[str], overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Make the runs that are not there yet, go on with one that was stopped, and put the results side by side.
+
+    Args:
+        comparison: What to run.
+        names: Which of its runs, in this order.
+        overrides: Further overrides of all of them.
+
+    Returns:
+        A row for each.
+
+    Raises:
+        ValueError: If a name is none of the runs, or a folder holds a run with other settings.
+    """
+    if unknown := [name for name in names if name not in comparison.runs]:
+        raise ValueError(f"there is no run {', '.join(unknown)}; there are {', '.join(comparison.runs)}")
+    rows = []
+    for number, name in enumerate(names):
+        print(f"[{number + 1}/{len(names)}] {name}", file=sys.stderr, flush=True)
+        results = run_once(comparison.configuration(name, overrides), Path(comparison.folder) / name)
+        if not results:
+            break
+        rows.append(row(name, results))
+    return rows
+
+
+def run_once(cfg: DictConfig, path: Path) -> Mapping[str, Any]:
+    """Return the results of a run: read where it is finished, trained to the end where it is not.
+
+    Raises:
+        ValueError: If the folder holds a run with other settings.
+    """
+    folder = RunFolder(path)
+    if folder.results.exists():
+        if changed := differences(folder.read_config(), plain(cfg), IRRELEVANT):
+            raise ValueError(f"{path} was run with other settings: {'; '.join(changed[:4])}. Choose another folder=")
+        return read_json(folder.results)
+    if folder.config.exists():
+        cfg.resume = str(path)
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / "output.txt").open("a") as output, redirect_stdout(output):
+        return training.run(cfg, path)
+
+
+def row(name: str, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the table says about a run. Accuracies are over test examples; worst is the worst client's."""
+    views = {view: results[view] or {} for view in ("global", "personal")}
+    before = results["in_round"].get("test/personal/weighted_mean")
+    after = views["personal"].get("weighted_mean")
+    return {
+        "method": name,
+        "global": views["global"].get("weighted_mean"),
+        "personal": after,
+        "worst global": views["global"].get("worst"),
+        "worst personal": views["personal"].get("worst"),
+        "before tuning": before if before != after else None,
+        "after fit": results.get("after_fit", {}).get("weighted_mean"),
+        "MB up": results["bytes_up"] / 1e6,
+        "MB down": results["bytes_down"] / 1e6,
+        "rounds": results["rounds"],
+        "seconds": round(results["seconds"]),
+    }
+
+
+def main(arguments: Sequence[str]) -> None:
+    """``COMPARISON [runs=NAME,NAME] [folder=FOLDER] [overrides of train.py]``."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.exit(f"usage: python -m fl_lightning.compare {main.__doc__}")
+    try:
+        comparison = Comparison.read(arguments[0])
+        options = {"runs": ",".join(comparison.runs), "folder": comparison.folder}
+        overrides = []
+        for argument in arguments[1:]:
+            key, _, value = argument.partition("=")
+            if key in options:
+                options[key] = value
+            else:
+                overrides.append(argument)
+        comparison.folder = options["folder"]
+        names = options["runs"].split(",")
+        rows = compare(comparison, names, overrides)
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    table = markdown_table(rows, best=BEST)
+    print(table)
+    if len(rows) < len(names):
+        sys.exit("stopped; the same command goes on from here")
+    atomic.write_text(Path(comparison.folder) / "table.md", table)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
