@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 from typing_extensions import override
 
 from fl_lightning.data.arrays import image_tensor, label_tensor
@@ -45,6 +46,8 @@ class CorruptedCifar(FederatedData):
         underlying: ``"disjoint"`` deals the underlying images out, so that no two clients have the same one;
             ``"shared"`` gives every client all of them (published: 10,000 a client).
         images_per_client: At most so many images of a client, training and test together; ``None`` for no limit.
+        swapped_classes: For each client, the labels of so many classes, chosen at random, are exchanged in a circle: the
+            images stay and their meaning changes (concept shift on top of the feature shift). 0 for none.
         test_fraction: Share of the published images that is tested on, in (0, 1). Made corruptions keep CIFAR's split.
         download: Whether torchvision may download CIFAR.
         unseen_clients: Names of clients held out of training, such as ``"pixelate 3"``.
@@ -61,6 +64,7 @@ class CorruptedCifar(FederatedData):
     severities: Sequence[int] = SEVERITIES
     underlying: Literal["disjoint", "shared"] = "disjoint"
     images_per_client: int | None = None
+    swapped_classes: int = 0
     test_fraction: float = 0.2
     download: bool = False
     unseen_clients: Sequence[str] = ()
@@ -75,13 +79,20 @@ class CorruptedCifar(FederatedData):
             raise ValueError(f"`underlying` must be 'disjoint' or 'shared', got '{self.underlying}'.")
         if not 0 < self.test_fraction < 1:
             raise ValueError(f"`test_fraction` must lie in (0, 1), got {self.test_fraction}.")
+        num_classes = len(PUBLISHED[self.name].class_names)
+        if self.swapped_classes not in (0, *range(2, num_classes + 1)):
+            raise ValueError(f"`swapped_classes` must be 0, or 2 to {num_classes}, got {self.swapped_classes}.")
         if not self.corruptions or not set(self.severities) <= set(SEVERITIES) or not self.severities:
             raise ValueError(
                 f"`corruptions` and `severities` must not be empty, and severities are 1 to 5; got {self.corruptions} "
                 f"and {self.severities}."
             )
         published = self._published_folder()
-        pool, clients = pool_clients(self._read_published(published) if published else self._make())
+        clients_data = self._read_published(published) if published else self._make()
+        for client, data in clients_data.items():
+            meaning = self._meaning(client, num_classes)
+            data.train_labels, data.test_labels = meaning[data.train_labels], meaning[data.test_labels]
+        pool, clients = pool_clients(clients_data)
         kind = "published" if published else "made by fl_lightning"
         return Examples(
             name=f"{FOLDERS[self.name].lower()} ({kind})",
@@ -108,6 +119,14 @@ class CorruptedCifar(FederatedData):
                 "where to get them), choose other `corruptions`, or set `source: made`."
             )
         return folder
+
+    def _meaning(self, client: str, num_classes: int) -> Tensor:
+        """The label at a client of each published label."""
+        rng = np.random.default_rng(derive_seed(self.seed, "meaning", client))
+        chosen = rng.permutation(num_classes)[: self.swapped_classes]
+        meaning = np.arange(num_classes)
+        meaning[chosen] = np.roll(chosen, 1)
+        return torch.from_numpy(meaning)
 
     def _cells(self) -> list[tuple[str, int]]:
         return [(kind, severity) for kind in self.corruptions for severity in self.severities]

@@ -102,6 +102,25 @@ def test_made_corruptions_of_disjoint_images(tmp_path: Path) -> None:
     assert contrasts == sorted(contrasts, reverse=True)
 
 
+def test_swapped_classes_change_the_meaning_and_not_the_images(tmp_path: Path) -> None:
+    small_cifar(tmp_path)
+    settings = {"root": str(tmp_path), "corruptions": ("contrast",), "val_fraction": 0.0}
+    plain, swapped = CorruptedCifar(**settings), CorruptedCifar(**settings, swapped_classes=4)
+    meanings = []
+    for one, other in zip(plain.clients, swapped.clients, strict=True):
+        pairs: set[tuple[int, int]] = set()
+        for split in ("train", "test"):
+            assert torch.equal(one.examples(split)[0], other.examples(split)[0])
+            pairs |= set(zip(one.examples(split)[1].tolist(), other.examples(split)[1].tolist(), strict=True))
+        meaning = dict(pairs)
+        assert len(meaning) == len(pairs)  # one new label for each old one, the same in training and test
+        assert len(set(meaning.values())) == len(meaning)
+        assert sum(new != old for old, new in pairs) <= 4
+        meanings.append(meaning)
+    assert any(new != old for meaning in meanings for old, new in meaning.items())
+    assert any(meaning != meanings[0] for meaning in meanings)
+
+
 def test_fifty_clients_by_default(real_data: Path) -> None:
     data = CorruptedCifar(root=str(real_data / "cifar10.npz"))
     assert len(data.clients) == 50 == 5 * len(CORRUPTIONS)
@@ -116,6 +135,7 @@ def test_fifty_clients_by_default(real_data: Path) -> None:
         ({"source": "web"}, "`source` must be 'auto', 'published' or 'made', got 'web'"),
         ({"underlying": "mixed"}, "`underlying` must be 'disjoint' or 'shared', got 'mixed'"),
         ({"test_fraction": 1.0}, r"`test_fraction` must lie in \(0, 1\), got 1.0"),
+        ({"swapped_classes": 1}, "`swapped_classes` must be 0, or 2 to 10, got 1"),
         ({"severities": (0, 1)}, "severities are 1 to 5"),
         ({"corruptions": ()}, "must not be empty"),
         ({"corruptions": ("fog",)}, "There is no corruption 'fog' made here"),
