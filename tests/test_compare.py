@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fl_lightning.command_line import CONF
+from fl_lightning.compare import Comparison, compare, main
+from fl_lightning.config import check
+
+COMPARISONS = sorted(str(p.relative_to(CONF / "comparison").with_suffix("")) for p in CONF.glob("comparison/**/*.yaml"))
+
+
+@pytest.fixture
+def tiny(tiny_root: Path, tmp_path: Path) -> Comparison:
+    common = [
+        "data=folder",
+        f"data.root={tiny_root}",
+        "model=lenet5",
+        "~model",
+        "+model._target_=tests.federations.tiny_model",
+        "logger=none",
+        "dashboard=null",
+        "loop.rounds=2",
+    ]
+    return Comparison(
+        str(tmp_path), common, {"fedavg": [], "warm": ["method=lg_fedavg", "init_from='{folder}/fedavg'"]}
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "run"), [(name, run) for name in COMPARISONS for run in Comparison.read(name).runs], ids=str
+)
+def test_every_run_of_every_comparison_composes_and_is_sound(name: str, run: str) -> None:
+    cfg = Comparison.read(name).configuration(run)
+    for key in ("module", "sharing", "aggregator", "callbacks", "cohort", "loop", "data", "trainer"):
+        check(cfg[key], key)
+    phases = (cfg.callbacks.get("schedule") or {}).get("phases", [])
+    if len(phases) > 1:
+        assert sum(phase["epochs"] for phase in phases) == cfg.trainer.max_epochs
+
+
+def test_finished_runs_are_read_and_stopped_ones_go_on(tiny: Comparison) -> None:
+    rows = compare(tiny, ["fedavg", "warm"])
+    assert [row["method"] for row in rows] == ["fedavg", "warm"]
+    assert rows[0]["global"] is not None
+    assert rows[0]["personal"] is None
+    assert rows[1]["global"] is None
+    assert rows[1]["personal"] is not None
+    result = Path(tiny.folder) / "fedavg" / "results.json"
+    written = result.stat().st_mtime_ns
+    assert compare(tiny, ["fedavg"]) == rows[:1]
+    assert result.stat().st_mtime_ns == written
+    result.unlink()  # as if killed between the last checkpoint and the results
+    again = compare(tiny, ["fedavg"])
+    assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in rows[:1]]
+
+
+def test_a_finished_run_with_other_settings_is_refused(tiny: Comparison) -> None:
+    compare(tiny, ["fedavg"])
+    with pytest.raises(ValueError, match="optimizer.lr was"):
+        compare(tiny, ["fedavg"], ["optimizer.lr=0.123"])
+    with pytest.raises(ValueError, match="loop.rounds was 2, now 3"):
+        compare(tiny, ["fedavg"], ["loop.rounds=3"])
+
+
+def test_what_does_not_exist_is_named_with_what_does(tiny: Comparison) -> None:
+    with pytest.raises(ValueError, match="fedavgg; there are fedavg, warm"):
+        compare(tiny, ["fedavgg"])
+    with pytest.raises(SystemExit, match="fedftha/two_cores"):
+        main(["nothing"])
