@@ -150,7 +150,7 @@ def main(arguments: Sequence[str]) -> None:
         rows = compare(comparison, names, overrides)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         sys.exit(f"error: {error}")
-    table = markdown_table(rows, best=BEST)
+    table = markdown_table(rows, best=BEST) if rows else ""
     print(table)
     if len(rows) < len(names):
         sys.exit("stopped; the same command goes on from here")
