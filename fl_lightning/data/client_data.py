@@ -17,6 +17,7 @@ from fl_lightning.data.image_files import FileBatches, ImageFiles
 from fl_lightning.data.image_pool import ImagePool
 from fl_lightning.data.index_batches import IndexBatches
 from fl_lightning.data.normalization import Normalization
+from fl_lightning.data.token_pool import TokenBatches, TokenPool
 
 #: Where examples are: in memory or on disk.
 ImageSource = ImagePool | ImageFiles
@@ -140,6 +141,8 @@ class ClientData(LightningDataModule):
         options = self._options
         training = seed is not None
         kind: Callable[..., Batches] = IndexBatches if isinstance(self._source, ImagePool) else FileBatches
+        if isinstance(self._source, TokenPool):
+            kind = TokenBatches
         return kind(
             self._source,
             self._indices.indices(split),

@@ -1,0 +1,123 @@
+"""Text as a federation: one client per file of tokens or of plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from typing_extensions import override
+
+from fl_lightning.data.arrays import read_npz
+from fl_lightning.data.client_indices import ClientIndices, hold_out
+from fl_lightning.data.federated_data import Examples, FederatedData
+from fl_lightning.data.token_pool import TokenPool
+
+BYTES = 256
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class Tokens(FederatedData):
+    """Reads ``root/<client>.npz`` with token sequences, or ``root/<client>.txt``, whose bytes are the tokens.
+
+    A ``.npz`` holds ``x_train, x_test`` (integers, (N, T), padded at the left with 0) and ``y_train, y_test`` (N,): the
+    token after each sequence, for example the letter of an answer. A text is cut into windows of ``length`` bytes that
+    do not overlap; the byte after each is its label, and the end of the text is kept for testing.
+
+    Args:
+        root: The folder.
+        vocabulary: Number of tokens; ``None`` counts them, or takes the 256 bytes of a text.
+        length: Bytes of a window, at least 1; of texts alone.
+        test_fraction: Share of a text that is kept for testing, in (0, 1).
+        unseen_clients: Names of clients that are held out of training.
+
+    Raises:
+        FileNotFoundError: If the folder is missing or has no client.
+        ValueError: If a file is not as described, saying which.
+    """
+
+    root: str | None = None
+    vocabulary: int | None = None
+    length: int = 64
+    test_fraction: float = 0.2
+    unseen_clients: Sequence[str] = ()
+
+    @override
+    def read(self) -> Examples:
+        if self.augment:
+            raise ValueError("`augment` is for images, and these are tokens; set it to null.")
+        if self.length < 1 or not 0 < self.test_fraction < 1:
+            raise ValueError(
+                f"`length` must be at least 1 and `test_fraction` lie in (0, 1), got {self.length} and "
+                f"{self.test_fraction}."
+            )
+        if self.root is None or not Path(self.root).is_dir():
+            raise FileNotFoundError(
+                f"`data.root` must name a folder with one .npz or .txt per client, got {self.root!r}."
+            )
+        root = Path(self.root)
+        archives, texts = sorted(root.glob("*.npz")), sorted(root.glob("*.txt"))
+        if bool(archives) == bool(texts):
+            raise ValueError(f"'{root}' must hold .npz files or .txt files, one per client, and not both.")
+        split = {path.stem: self._archive(path) if archives else self._text(path) for path in archives or texts}
+        lengths = {name: parts[0].shape[1] for name, parts in split.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"sequences must have one length, got {lengths}; pad the shorter ones at the left with 0.")
+        most = max(int(part.max()) for parts in split.values() for part in parts if part.numel())
+        vocabulary = self.vocabulary or (most + 1 if archives else BYTES)
+        if most >= vocabulary:
+            raise ValueError(f"'{root}' holds the token {most}, and `vocabulary` is {vocabulary}.")
+        ordered = [
+            part
+            for x_train, y_train, x_test, y_test in split.values()
+            for part in ((x_train, y_train), (x_test, y_test))
+        ]
+        places = torch.arange(sum(len(y) for _, y in ordered)).split([len(y) for _, y in ordered])
+        clients = [
+            ClientIndices(name=name, train=train, test=test)
+            for name, train, test in zip(split, places[0::2], places[1::2], strict=True)
+        ]
+        return Examples(
+            name=root.resolve().name,
+            source=TokenPool(torch.cat([x for x, _ in ordered]), torch.cat([y for _, y in ordered])),
+            class_names=[str(token) for token in range(vocabulary)],
+            clients=hold_out(clients, self.unseen_clients),
+            description={"clients": "one per file of tokens" if archives else "one per text"},
+        )
+
+    def _archive(self, path: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        arrays = read_npz(path)
+        parts: list[Tensor] = []
+        for split in ("train", "test"):
+            x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
+            if x.ndim != 2 or y.shape != x.shape[:1]:
+                raise ValueError(
+                    f"x_{split} of '{path}' must be (N, T) and y_{split} (N,), got {x.shape} and {y.shape}."
+                )
+            parts += [
+                _integers(x, f"x_{split} of '{path}'", torch.int32),
+                _integers(y, f"y_{split} of '{path}'", torch.int64),
+            ]
+        return parts[0], parts[1], parts[2], parts[3]
+
+    def _text(self, path: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        content = np.frombuffer(path.read_bytes(), dtype=np.uint8)
+        windows = len(content) // (self.length + 1)
+        tests = max(1, round(self.test_fraction * windows))
+        if windows - tests < 1:
+            raise ValueError(
+                f"'{path}' has {len(content)} bytes, too few for two windows of {self.length} and a label."
+            )
+        rows = torch.from_numpy(content[: windows * (self.length + 1)].astype(np.int32)).view(windows, -1)
+        x, y = rows[:, :-1], rows[:, -1].to(torch.int64)
+        return x[:-tests], y[:-tests], x[-tests:], y[-tests:]
+
+
+def _integers(array: NDArray, what: str, dtype: torch.dtype) -> Tensor:
+    if not np.issubdtype(array.dtype, np.integer) or (array.size and array.min() < 0):
+        raise ValueError(f"{what} must hold whole numbers of at least 0, got {array.dtype}.")
+    return torch.from_numpy(array.astype(np.int64)).to(dtype)
