@@ -46,8 +46,8 @@ class CorruptedCifar(FederatedData):
         underlying: ``"disjoint"`` deals the underlying images out, so that no two clients have the same one;
             ``"shared"`` gives every client all of them (published: 10,000 a client).
         images_per_client: At most so many images of a client, training and test together; ``None`` for no limit.
-        swapped_classes: For each client, the labels of so many classes, chosen at random, are exchanged in a circle: the
-            images stay and their meaning changes (concept shift on top of the feature shift). 0 for none.
+        swapped_classes: For each client, the labels of so many classes, chosen at random, are exchanged in a circle:
+            the images stay and their meaning changes (concept shift on top of the feature shift). 0 for none.
         test_fraction: Share of the published images that is tested on, in (0, 1). Made corruptions keep CIFAR's split.
         download: Whether torchvision may download CIFAR.
         unseen_clients: Names of clients held out of training, such as ``"pixelate 3"``.
