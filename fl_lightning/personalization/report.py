@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -29,19 +29,12 @@ if TYPE_CHECKING:
 
 Groups = Mapping[str, Sequence[Sequence[Outcome]]]
 
-COLUMNS = {
-    "local": "max",
-    "global_others": "max",
-    "global_all": "max",
-    "avg2": "max",
-    "avg3": "max",
-    "worst_row": "max",
-    "cstd_row": "min",
-    "feature_distortion": "min",
-    "ece": "min",
-    "share_hurt": "min",
-}
-"""The columns of the printed table, and which of their values is the best; ``results.json`` holds many more."""
+ACCURACIES = ("local", "global_others", "global_all", "avg2", "avg3", "worst_row")
+COLUMNS = (*ACCURACIES, "cstd_row", "feature_distortion", "ece", "share_hurt")
+"""The columns of the printed table; ``results.json`` holds many more."""
+
+BEST: dict[str, Literal["max", "min"]] = dict.fromkeys(ACCURACIES, "max")
+"""Marked in the table. The least deviation or distortion is no merit by itself: a useless model has both."""
 
 DEFINITIONS = (
     "A[i, j] is the test accuracy of client i's model on client j's data; every mean counts each client the same.\n"
@@ -97,9 +90,8 @@ def report(
         f"{source.data.name}, {len(datas)} clients, from {source.description['checkpoint']}, "
         f"{config['trainer'].get('max_epochs')} epochs, seed {config['seed']}, {config['seeds']} run(s)"
     )
-    best: dict[str, Any] = dict(COLUMNS)
-    atomic.write_text(run_folder.path / "table.md", f"{title}\n\n{markdown_table(rows, best=best)}\n{DEFINITIONS}\n")
-    atomic.write_text(run_folder.path / "table.tex", latex_table(rows, best=best))
+    atomic.write_text(run_folder.path / "table.md", f"{title}\n\n{markdown_table(rows, best=BEST)}\n{DEFINITIONS}\n")
+    atomic.write_text(run_folder.path / "table.tex", latex_table(rows, best=BEST))
     atomic.write_text(run_folder.path / "curves.csv", curves_csv(groups, datas))
     if config["figures"]:
         show(figures(groups, datas), run_folder, logger)
@@ -107,7 +99,7 @@ def report(
         log_numbers(groups, datas, logger)
         logger.finalize("success")
     write_json(run_folder.results, results)
-    print(f"{title}\n\n{plain_table(rows, best=best)}\n{DEFINITIONS}\n\nrun folder: {run_folder.path}")
+    print(f"{title}\n\n{plain_table(rows, best=BEST)}\n{DEFINITIONS}\n\nrun folder: {run_folder.path}")
     return results
 
 
@@ -266,7 +258,9 @@ def figures(groups: Groups, datas: Sequence[Any]) -> dict[str, Figure]:
     for title, members in _panels(groups, curves).items():
         lines = {
             name: draw.Curve(
-                [s["local"] for s in curves[name].values()], [s["global_others"] for s in curves[name].values()]
+                [s["local"] for s in curves[name].values()],
+                [s["global_others"] for s in curves[name].values()],
+                list(curves[name]),
             )
             for name in members
         }

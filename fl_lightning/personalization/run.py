@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 from fl_lightning import atomic
 from fl_lightning.client import Broadcast, Client
 from fl_lightning.config import instantiate, plain
+from fl_lightning.evaluation.summary import mean
 from fl_lightning.executors.executor import Executor
 from fl_lightning.executors.serial import SerialExecutor
 from fl_lightning.models.export import export_state_dict
@@ -108,6 +110,7 @@ def personalize(
         strategy.prepare(module, config["seed"])
         starts = [start] * config["seeds"] if strategy.start == "global" else random_starts
         shown.set_postfix_str(strategy.name)
+        began = time.perf_counter()
         for client, number, state, curve in _models(strategy, clients, starts, executor):
             if not all_finite(state):
                 log.warning("%s, client %s: its model has diverged (NaN)", strategy.name, client.name)
@@ -118,6 +121,9 @@ def personalize(
                 path = folder / "models" / file_name(strategy.name) / f"seed_{number}" / f"client_{client.id}.pt"
                 atomic.save(path, export_state_dict(state, module.head_path))
             shown.update()
+        models = outcomes[-len(clients) * config["seeds"] :]
+        at_home = mean([float(one.measures.accuracies[one.client]) for one in models])
+        log.info("%s: local accuracy %.3f, %.1f s", strategy.name, at_home, time.perf_counter() - began)
     shown.close()
     load(module, start)
     return outcomes
