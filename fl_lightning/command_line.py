@@ -1,4 +1,4 @@
-"""What ``train.py`` and ``personalize.py`` share: the configuration is composed, and errors are said plainly."""
+"""What ``train.py``, ``personalize.py`` and ``study.py`` share: the configuration is composed, and errors are said plainly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ import fl_lightning.config  # noqa: F401 - registers the schema before Hydra com
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
-WORK = {"train": "fl_lightning.training", "personalize": "fl_lightning.personalization"}
+WORK = {
+    "train": "fl_lightning.training",
+    "personalize": "fl_lightning.personalization",
+    "study": "fl_lightning.study",
+}
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +30,7 @@ def main(name: str) -> None:
     """Run a script.
 
     Args:
-        name: ``train`` or ``personalize``: the configuration ``conf/<name>.yaml`` and the module behind it.
+        name: ``train``, ``personalize`` or ``study``: the configuration ``conf/<name>.yaml`` and the module behind it.
     """
     try:
         arguments = with_resume(sys.argv[1:])
@@ -37,9 +41,7 @@ def main(name: str) -> None:
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
     def run(cfg: DictConfig) -> None:
         folder = Path(HydraConfig.get().runtime.output_dir)
-        work = importlib.import_module(
-            {"train": "fl_lightning.training", "personalize": "fl_lightning.personalization"}[name]
-        )
+        work = importlib.import_module(WORK[name])
         try:
             work.run(cfg, folder)
         except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:

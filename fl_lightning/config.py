@@ -50,6 +50,7 @@ class TrainConfig:
     logger: Any = None
     progress: Any = None
     paths: Any = MISSING
+    study: Any = None
 
 
 @dataclass

@@ -34,10 +34,14 @@ _MOST_LABELS = 40  # names on an axis, before every other one is left out
 
 
 class Curve(NamedTuple):
-    """Local and global accuracy of one setting, one value per epoch, the first being the start."""
+    """Local and global accuracy of one setting, the first value being the start.
+
+    Without ``epochs`` there is one value per epoch.
+    """
 
     local: Sequence[float]
     elsewhere: Sequence[float]
+    epochs: Sequence[int] | None = None
 
 
 def save_png(figure: Figure, path: str | Path, dpi: int = 120) -> None:
@@ -195,15 +199,16 @@ def draw_epochs(curves: Mapping[str, Curve], title: str = "", label: str = "accu
     solid line going down while the dashed one rises or stays.
 
     Args:
-        curves: By setting (``"lr 0.01"``), one value per epoch, the first being epoch 0, before fine-tuning.
+        curves: By setting (``"lr 0.01"``); the first value is that of epoch 0, before fine-tuning.
         title: What the settings are of.
         label: What the values are.
     """
     figure, axes = _figure(7, 4.2)
     for index, (_, curve) in enumerate(curves.items()):
         style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 4}
-        axes.plot(range(len(curve.local)), curve.local, linestyle="--", **style)  # type: ignore[arg-type]
-        axes.plot(range(len(curve.elsewhere)), curve.elsewhere, linestyle="-", **style)  # type: ignore[arg-type]
+        x = range(len(curve.local)) if curve.epochs is None else curve.epochs
+        axes.plot(x, curve.local, linestyle="--", **style)  # type: ignore[arg-type]
+        axes.plot(x, curve.elsewhere, linestyle="-", **style)  # type: ignore[arg-type]
     kinds = [
         Line2D([], [], color="black", linestyle="--", label="local"),
         Line2D([], [], color="black", linestyle="-", label="global"),

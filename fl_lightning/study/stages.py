@@ -1,0 +1,132 @@
+"""The two stages of a study, each done once: a folder is named after everything that its results depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from fl_lightning import personalization, training
+from fl_lightning.command_line import CONF
+from fl_lightning.config import plain
+from fl_lightning.evaluation.results import read_json
+from fl_lightning.run_folder import RunFolder
+
+NO_INFLUENCE = ("resume", "executor", "progress", "paths", "checkpoint", "logger", "dashboard", "study", "figures")
+"""Keys that change no result, or, as ``checkpoint``, are told apart by other means."""
+
+GROUPS = {
+    "baselines": "personalization@baselines",
+    "personalization": "personalization",
+    "optimizer": "optimizer",
+}
+"""Keys of ``study.personalize`` whose values, a name or a list of names, choose files of ``conf/``: their groups."""
+
+
+def train(cfg: DictConfig, stages: Path) -> Path:
+    """Train a global model, or find the one that was trained before.
+
+    Args:
+        cfg: The configuration of ``train.py``.
+        stages: Where stages are kept.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        InterruptedError: If training was stopped before its last round.
+    """
+    folder = stages / "train" / stage_name(plain(cfg))
+    run = RunFolder(folder)
+    if run.results.exists():
+        print(f"trained before: {folder}")
+        return folder
+    cfg = cfg.copy()
+    cfg.study = None
+    if run.config.exists():
+        cfg.resume = str(folder)
+    print(f"training:       {folder}", flush=True)
+    if not training.run(cfg, folder):
+        raise InterruptedError(f"training stopped in {folder}; the same command goes on from there")
+    return folder
+
+
+def personalize(cfg: DictConfig, checkpoint: Path, stages: Path) -> Path:
+    """Personalize a global model, or find where that was done before.
+
+    Args:
+        cfg: The configuration of ``train.py``, with ``study.personalize``.
+        checkpoint: The run folder of the global model.
+        stages: Where stages are kept.
+
+    Returns:
+        The run folder. What an interrupted run left in it is removed first: it cannot go on.
+    """
+    own = personalization_config(cfg, checkpoint)
+    folder = stages / "personalize" / stage_name({**plain(own), "checkpoint of": checkpoint.name})
+    run = RunFolder(folder)
+    if run.results.exists():
+        print(f"personalized before: {folder}")
+        return folder
+    if folder.exists():
+        shutil.rmtree(folder)
+    print(f"personalizing:  {folder}", flush=True)
+    personalization.run(own, folder)
+    return folder
+
+
+def personalization_config(cfg: DictConfig, checkpoint: Path) -> DictConfig:
+    """Compose the configuration of ``personalize.py`` for a study.
+
+    Args:
+        cfg: The configuration of ``train.py``, with ``study.personalize``: keys of ``conf/personalize.yaml``.
+        checkpoint: The run folder of the global model.
+
+    Raises:
+        ValueError: If a key does not exist there.
+    """
+    settings: Mapping[str, Any] = plain(cfg)["study"]["personalize"]
+    choices = {key: group for key, group in GROUPS.items() if isinstance(settings.get(key), (str, list))}
+    own = _compose([f"{group}={_choice(settings[key])}" for key, group in choices.items()])
+    own.checkpoint = str(checkpoint)
+    own.seed = cfg.seed
+    own.executor, own.logger = cfg.executor, cfg.logger
+    own.trainer = OmegaConf.merge(cfg.trainer, {"max_epochs": "${epochs}"})
+    for key, value in settings.items():
+        if key in choices:
+            continue
+        try:
+            OmegaConf.update(own, key, value, merge=True)
+        except Exception as error:
+            raise ValueError(f"study.personalize has {key!r}, and personalize.py has no such key") from error
+    return own
+
+
+def stage_name(config: Mapping[str, Any]) -> str:
+    """Return a folder name that differs wherever the configuration differs in something that matters."""
+    kept = {key: value for key, value in config.items() if key not in NO_INFLUENCE}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:10]
+    return f"seed_{config['seed']}-{digest}"
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Return what a stage left in ``results.json``."""
+    return read_json(RunFolder(folder).results)
+
+
+def _compose(overrides: list[str]) -> DictConfig:
+    if GlobalHydra.instance().is_initialized():  # by study.py, which reads the same folder
+        return compose("personalize", overrides)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("personalize", overrides)
+
+
+def _choice(value: Any) -> str:
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
