@@ -6,7 +6,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -23,7 +23,7 @@ from fl_lightning.lean_fit import LeanFit, needs_logging, why_not
 from fl_lightning.not_covered import NotCoveredError
 from fl_lightning.seeding import derive_seed
 from fl_lightning.sharing import Sharing
-from fl_lightning.state import State, difference, load, snapshot
+from fl_lightning.state import ModuleTensors, State, difference, overwrite, snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -98,7 +98,8 @@ class LocalTraining:
         self.sharing = sharing
         self.callbacks = list(callbacks)
         self.seed = seed
-        self.initial = snapshot(module.state_dict())
+        self.tensors = ModuleTensors(module)
+        self.initial = snapshot(self.tensors())
         for callback in callbacks:
             monitor = getattr(callback, "monitor", None)
             if not self.validate and isinstance(monitor, str) and monitor.startswith("val"):
@@ -158,18 +159,15 @@ class LocalTraining:
                 f"client {client.name}: the message does not hold the shared tensors: "
                 f"{difference(broadcast.state, {name: self.initial[name] for name in shared})}"
             )
-        load(module, self.client_state(client, broadcast.state))
+        overwrite(self.tensors(), self.client_state(client, broadcast.state))
         self.sharing.prepare(module)
         module.step_losses.clear()
         client.data.seed(derive_seed(self.seed, "batches", broadcast.round, client.id))
         for callback in self.federated_callbacks:
             callback.on_client_start(client, module, broadcast)
-        # The global generator drives dropout and whatever a user's code draws; it is put back afterwards, so that a fit
-        # can neither disturb the next one nor depend on the last.
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(derive_seed(self.seed, "fit", broadcast.round, client.id))
+        with global_seed(derive_seed(self.seed, "fit", broadcast.round, client.id), self.device):
             metrics = self._train(module, client) if broadcast.train else {}
-        own = module.state_dict()
+        own = self.tensors()
         update = Update(client.id, client.num_examples, snapshot(own, shared), metrics=metrics)
         for callback in self.federated_callbacks:
             callback.on_client_end(client, module, update)
@@ -186,7 +184,7 @@ class LocalTraining:
             for callback in self.callbacks
         ]
         # Since Lightning 2.2 `fit` no longer does this, and an evaluation may have left the module in eval mode.
-        module.train()
+        self.tensors.train()
         lean = self._lean_fit(module, callbacks)
         if lean is not None:
             module.log_to_callbacks = False
@@ -264,6 +262,28 @@ class FitLogger(Logger):
     @override
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         pass
+
+
+@contextmanager
+def global_seed(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's global generators, which drive dropout and whatever a user's code draws, and put them back at last.
+
+    So a fit can neither disturb the next one nor depend on the one before.
+
+    Args:
+        seed: The seed.
+        device: Where training runs, whose generator is seeded beside the CPU's.
+    """
+    # torch.manual_seed would note, on a machine without a GPU too, from where it was called: a tenth of a millisecond.
+    before = torch.get_rng_state()
+    with torch.random.fork_rng(devices=[device]) if device.type == "cuda" else nullcontext():
+        torch.default_generator.manual_seed(seed)
+        if device.type != "cpu":
+            torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            torch.set_rng_state(before)
 
 
 def silence_lightning() -> None:

@@ -6,7 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from fl_lightning.state import RunningMean, all_finite, difference, load, match, num_bytes, snapshot, weighted_mean
+from fl_lightning.state import (
+    ModuleTensors,
+    RunningMean,
+    all_finite,
+    difference,
+    load,
+    match,
+    move,
+    num_bytes,
+    snapshot,
+    weighted_mean,
+)
 
 NAMES = ["backbone.conv1.weight", "backbone.conv1.bias", "backbone.fc.weight", "head.weight", "head.bias"]
 
@@ -99,3 +110,42 @@ def test_bytes_and_finiteness() -> None:
     assert all_finite(state)
     for bad in (float("nan"), float("inf"), -float("inf")):
         assert not all_finite({**state, "w": torch.tensor([0.0, bad])})
+
+
+def test_moving_tensors_changes_none_of_them() -> None:
+    tensors = [torch.randn(2, 3), torch.tensor(4), torch.randn(5).double(), torch.randn(1, 2, 2, 2), torch.empty(0, 3)]
+    tensors.append(torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last))
+    for tensor, moved in zip(tensors, move(tensors, torch.device("cpu")), strict=True):
+        assert moved.dtype == tensor.dtype
+        assert torch.equal(moved, tensor)
+
+
+def test_module_tensors_are_those_of_the_state_dict_also_after_a_part_was_replaced() -> None:
+    module = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2)))
+    module.add_module("tied", module[0])
+    module.register_buffer("secret", torch.zeros(1), persistent=False)
+    tensors = ModuleTensors(module)
+    for _ in range(2):
+        expected = module.state_dict(keep_vars=True)
+        found = tensors()
+        assert list(found) == list(expected)
+        assert all(found[name] is expected[name] for name in expected)
+        module[1][1] = nn.Linear(3, 5)
+    module[0].weight = nn.Parameter(torch.ones(3, 2))
+    assert tensors()["0.weight"] is module[0].weight
+
+
+def test_module_tensors_put_every_part_in_train_mode() -> None:
+    module = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.BatchNorm1d(3)))
+    tensors = ModuleTensors(module)
+    module[1][0].eval()
+    tensors.train()
+    assert all(part.training for part in module.modules())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_bad_number_among_huge_ones_is_found(bad: float) -> None:
+    huge = torch.full((100,), torch.finfo(torch.float32).max)
+    assert all_finite({"a": huge, "b": -huge})
+    assert not all_finite({"a": huge, "b": torch.tensor([1.0, bad])})
+    assert not all_finite({"a": torch.tensor([float("inf"), -float("inf")])})

@@ -1,0 +1,77 @@
+"""The yardstick: federated averaging as one would write it by hand in PyTorch, with nothing around it."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks.workloads import LR, MODELS, MOMENTUM, MU, Workload
+
+
+class BareRounds:
+    """Rounds of a workload in a plain loop over tensors: no Trainer, no hooks, no checks, no counting of bytes.
+
+    Args:
+        workload: Which federation.
+        method: ``fedavg``, ``fedprox`` or ``lp_ft``.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    def __init__(self, workload: Workload, method: str = "fedavg", device: str = "cpu") -> None:
+        self.workload = workload
+        self.method = method
+        pool = workload.pool()
+        images = (pool.images.float().div(127.5) - 1).to(device)
+        self.data = list(
+            zip(images.split(workload.examples), pool.labels.to(device).split(workload.examples), strict=True)
+        )
+        torch.manual_seed(0)
+        model = MODELS[workload.model](num_classes=10, in_channels=3, image_size=32)
+        self.backbone, self.head = model.backbone.to(device), model.head.to(device)
+        self.model = nn.Sequential(self.backbone, self.head)
+        self.state = copy.deepcopy(self.model.state_dict())
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self) -> None:
+        """Run one round."""
+        total: dict[str, Tensor] = {}
+        cohort = torch.randperm(len(self.data), generator=self.generator)[: self.workload.per_round].tolist()
+        weight = 1 / len(cohort)
+        for client in cohort:
+            self.model.load_state_dict(self.state)
+            self.train(*self.data[client])
+            for name, tensor in self.model.state_dict().items():
+                if name in total:
+                    total[name].add_(tensor, alpha=weight)
+                else:
+                    total[name] = tensor * weight
+        self.state = total
+
+    def train(self, x: Tensor, y: Tensor) -> None:
+        """Train on one client."""
+        start = [p.detach().clone() for p in self.model.parameters()]
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=LR, momentum=MOMENTUM)
+        if self.method == "lp_ft":
+            self.backbone.requires_grad_(False)
+            self.backbone.eval()
+            self.epochs(x, y, optimizer, start)
+            self.backbone.requires_grad_(True)
+            self.backbone.train()
+            optimizer.state.clear()
+        self.epochs(x, y, optimizer, start)
+
+    def epochs(self, x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer, start: list[Tensor]) -> None:
+        """Pass over the examples, in a new order each time."""
+        for _ in range(self.workload.epochs):
+            order = torch.randperm(len(y), generator=self.generator).to(y.device)
+            for index in order.split(self.workload.batch_size):
+                optimizer.zero_grad()
+                functional.cross_entropy(self.model(x[index]), y[index]).backward()
+                if self.method == "fedprox":
+                    with torch.no_grad():
+                        for p, origin in zip(self.model.parameters(), start, strict=True):
+                            p.grad.add_(p - origin, alpha=MU)
+                optimizer.step()

@@ -1,0 +1,68 @@
+"""Taking times on a machine that does other things too."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import lightning
+import torch
+
+Contender = Callable[[], None]
+
+
+def interleaved(contenders: Mapping[str, Contender], repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Time several functions in turn, so that what disturbs one disturbs all.
+
+    Args:
+        contenders: What to time, by name.
+        repeats: How often each, at least 1.
+        warm_up: Untimed calls of each before.
+
+    Returns:
+        Seconds of every call, by name. The garbage of one contender is collected before the next begins.
+    """
+    for contender in contenders.values():
+        for _ in range(warm_up):
+            contender()
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, contender in contenders.items():
+            gc.collect()
+            start = time.perf_counter()
+            contender()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], name: str, base: str = "bare") -> float:
+    """The median of one over the median of another."""
+    return statistics.median(seconds[name]) / statistics.median(seconds[base])
+
+
+def spread(seconds: Mapping[str, list[float]], name: str, base: str = "bare") -> str:
+    """The middle half of the ratios of neighbouring calls, as text."""
+    ratios = sorted(one / other for one, other in zip(seconds[name], seconds[base], strict=True))
+    quarter = len(ratios) // 4
+    return f"{ratios[quarter]:.2f}-{ratios[-1 - quarter]:.2f}"
+
+
+def circumstances() -> str:
+    """Versions, commit and kind of machine, as one line."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
+    ).stdout.strip()
+    chip = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    return (
+        f"commit {commit or 'unknown'}, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"lightning {lightning.__version__}, {chip}"
+    )
