@@ -1,4 +1,4 @@
-"""What ``train.py``, ``personalize.py`` and ``study.py`` share: a configuration is composed, errors are said plainly."""
+"""What ``train.py``, ``personalize.py`` and ``study.py`` share: composing a configuration, saying errors plainly."""
 
 from __future__ import annotations
 
