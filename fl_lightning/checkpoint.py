@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from fl_lightning import atomic
-from fl_lightning.models.export import import_state_dict
+from fl_lightning.models.export import BACKBONE, HEAD, import_state_dict
 from fl_lightning.state import State
 
 if TYPE_CHECKING:
@@ -66,10 +68,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def read_global_model(path: str | Path, head_path: str) -> State:
-    """Read the global model that a run left behind, under the names ``backbone.*`` and ``head.*``.
+    """Read the tensors of a model under the names ``backbone.*`` and ``head.*``, whatever form they were saved in.
 
     Args:
-        path: A run folder, or a file like its ``global_model.pt``: the state dict of a plain model.
+        path: A run folder, or a file of ``torch.save`` or safetensors: a plain model's state dict, one with this
+            library's names, or a checkpoint that holds one, under ``state_dict`` as Lightning's do, or under ``state``.
         head_path: Module path of the head in the plain model.
 
     Raises:
@@ -78,10 +81,33 @@ def read_global_model(path: str | Path, head_path: str) -> State:
     """
     path = Path(path)
     file = path / "global_model.pt" if path.is_dir() else path
-    content = read_tensors(file)
-    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+    content = _read_safetensors(file) if file.suffix == ".safetensors" else read_tensors(file)
+    for key in ("state_dict", "state"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    tensors = isinstance(content, Mapping) and all(isinstance(value, torch.Tensor) for value in content.values())
+    if not tensors or not content:
         raise ValueError(f"{file} is not the state dict of a model; give a run folder, or its global_model.pt")
-    return import_state_dict(dict(content), head_path)
+    state = {str(name): tensor for name, tensor in content.items()}
+    if all(any(name.startswith(part) for name in state) for part in (BACKBONE, HEAD)):
+        return {name: tensor for name, tensor in state.items() if name.startswith((BACKBONE, HEAD))}
+    # A LightningModule that keeps its network as self.model puts that before every name.
+    prefixes = {name.partition(".")[0] for name in state}
+    if len(prefixes) == 1 and not any(name.startswith(f"{head_path}.") for name in state):
+        state = {name.partition(".")[2]: tensor for name, tensor in state.items()}
+    try:
+        return import_state_dict(state, head_path)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _read_safetensors(path: Path) -> State:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
 
 
 def read_tensors(path: str | Path) -> Any:

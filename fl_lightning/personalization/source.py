@@ -7,19 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.models import is_model
-from torch import Tensor
 
-from fl_lightning.checkpoint import read_tensors
+from fl_lightning.checkpoint import read_global_model
 from fl_lightning.config import instantiate
 from fl_lightning.data.federated_data import FederatedData
 from fl_lightning.data.partition import Partition
-from fl_lightning.models.export import import_state_dict
 from fl_lightning.module import FederatedModule
 from fl_lightning.run_folder import RunFolder
-from fl_lightning.state import State, difference, load
+from fl_lightning.state import difference, load
 from fl_lightning.training import build_module
 
 
@@ -66,7 +62,7 @@ def open_source(config: Mapping[str, Any]) -> Source:
                 )
         data = instantiate(given["data"], "data")
         module = build_module({**config, **given}, data)
-        put(module, read_state(path, module.head_path), checkpoint)
+        put(module, path)
         return Source(module, data, given["model"], {"checkpoint": checkpoint, "kind": "file"})
     if is_model(checkpoint.split(".")[0]):
         if given["data"] is None:
@@ -94,7 +90,7 @@ def _from_run_folder(run: RunFolder, given: Mapping[str, Any], config: Mapping[s
     data.partition.check_equal(partition)
     model = given["model"] or before["model"]
     module = build_module({**config, "model": model}, data)
-    put(module, read_state(run.global_model, module.head_path), str(run.global_model))
+    put(module, run.global_model)
     description = {
         "checkpoint": str(run.path),
         "kind": "run folder",
@@ -105,53 +101,14 @@ def _from_run_folder(run: RunFolder, given: Mapping[str, Any], config: Mapping[s
     return Source(module, data, model, description)
 
 
-def read_state(path: Path, head_path: str) -> State:
-    """Read a model's tensors from a file: a plain state dict, one of this library's, or a checkpoint that holds one.
-
-    Args:
-        path: A file of ``torch.save`` or safetensors. A Lightning ``.ckpt`` holds its tensors under ``state_dict``, a
-            checkpoint of a federation under ``state``; nothing in the file is executed.
-        head_path: Where the head sits in the plain model.
-
-    Returns:
-        Tensors named ``backbone.*`` and ``head.*``, as far as names tell.
+def put(module: FederatedModule, file: Path) -> None:
+    """Put the global model of a file into a module.
 
     Raises:
-        ValueError: If the file is damaged or holds no named tensors.
+        ValueError: If it is another model, naming tensors that differ, or the file is damaged.
     """
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else read_tensors(path)
-    for key in ("state_dict", "state"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"{path} holds no named tensors; expected a state dict, or a Lightning checkpoint with one")
-    state = {str(name): tensor for name, tensor in content.items()}
-    if any(name.startswith("backbone.") for name in state) and any(name.startswith("head.") for name in state):
-        return {name: tensor for name, tensor in state.items() if name.startswith(("backbone.", "head."))}
-    # A LightningModule that keeps its network as self.model puts that before every name.
-    prefixes = {name.partition(".")[0] for name in state}
-    if len(prefixes) == 1 and not any(name.startswith(f"{head_path}.") for name in state):
-        state = {name.partition(".")[2]: tensor for name, tensor in state.items()}
-    try:
-        return import_state_dict(state, head_path)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _read_safetensors(path: Path) -> State:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
-
-
-def put(module: FederatedModule, state: State, where: str) -> None:
-    """Put a global model into a module.
-
-    Raises:
-        ValueError: If it is another model, naming tensors that differ.
-    """
+    state = read_global_model(file, module.head_path)
     words = difference(state, module.state_dict())
     if words:
-        raise ValueError(f"{where} is a checkpoint of another model: {words}; give the model it was trained with")
+        raise ValueError(f"{file} is a checkpoint of another model: {words}; give the model it was trained with")
     load(module, state)

@@ -11,10 +11,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from fl_lightning.checkpoint import FORMAT
+from fl_lightning.checkpoint import FORMAT, read_global_model
 from fl_lightning.config import plain
 from fl_lightning.models.export import import_state_dict
-from fl_lightning.personalization.source import open_source, read_state
+from fl_lightning.personalization.source import open_source
 from tests.personalization.conftest import compose_personalization
 
 MODEL = ["~model", "+model._target_=tests.federations.tiny_model"]
@@ -75,8 +75,8 @@ def test_a_timm_model_needs_no_federation(tiny_root: Path, monkeypatch: pytest.M
 
 def test_a_file_without_tensors_is_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {"a": 1}}, tmp_path / "odd.pt")
-    with pytest.raises(ValueError, match="holds no named tensors"):
-        read_state(tmp_path / "odd.pt", "head")
+    with pytest.raises(ValueError, match="is not the state dict of a model"):
+        read_global_model(tmp_path / "odd.pt", "head")
     (tmp_path / "odd.safetensors").write_bytes(b"x")
     with pytest.raises(ValueError, match="damaged, or no safetensors"):
-        read_state(tmp_path / "odd.safetensors", "head")
+        read_global_model(tmp_path / "odd.safetensors", "head")
