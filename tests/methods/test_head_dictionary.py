@@ -166,3 +166,11 @@ def test_new_clients_fit_the_head_of_the_global_model(tiny_root: Path, tmp_path:
     as_it_is.fit()
     assert not as_it_is.loop.personalizes(as_it_is.unseen[0])
     assert_same(as_it_is.loop.state, run.loop.state)
+
+
+def test_tau_may_count_steps(tiny_root: Path, tmp_path: Path) -> None:
+    phases = 'callbacks.schedule.phases=[{train: ["*"], steps: 3}, {train: ["head"], steps: 2}]'
+    steps = [phases, "+trainer.max_steps=5", "trainer.max_epochs=-1", "loop.rounds=1"]
+    run = federation(tiny_root, tmp_path, "method=fedftha", *steps)
+    run.fit()
+    assert int(run.loop.state["backbone.norm1.num_batches_tracked"]) == 3
