@@ -30,8 +30,8 @@ class FederatedEvaluation(FederatedCallback):
     clients that never took part. The names never mix: ``<split>/global/...``, ``<split>/personal/...``,
     ``test/unseen/...``, and ``test/unseen_personal/...`` where a method personalizes even for those.
 
-    The model to keep is the one with the best mean validation score: the global model's, or the personal models' where
-    a method has no global one. Test scores are logged but choose nothing. Where no client has validation data, the
+    The model to keep is the one with the best mean validation score: the global model's, or the personal models', and
+    whichever there is where a method has one kind alone. Test scores are logged but choose nothing. Where no client has validation data, the
     last model is kept.
 
     Args:
@@ -40,6 +40,7 @@ class FederatedEvaluation(FederatedCallback):
         mode: ``max`` or ``min``: which of its values is better.
         metrics: Makes torchmetrics metrics by name, given the number of classes; each takes (logits, targets).
             Default: accuracy and loss.
+        chooses: ``global`` or ``personal``: whose validation score chooses.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -51,14 +52,18 @@ class FederatedEvaluation(FederatedCallback):
         metric: str = "accuracy",
         mode: str = "max",
         metrics: Mapping[str, Callable[..., Metric]] | None = None,
+        chooses: str = "global",
     ) -> None:
         if every < 1:
             raise ValueError(f"evaluation.every must be at least 1, got {every}")
         if mode not in ("max", "min"):
             raise ValueError(f"evaluation.mode must be max or min, got {mode!r}")
+        if chooses not in ("global", "personal"):
+            raise ValueError(f"evaluation.chooses must be global or personal, got {chooses!r}")
         if metrics is not None and metric not in metrics:
             raise ValueError(f"evaluation.metric must be one of {', '.join(metrics)}, got {metric!r}")
         self.every = every
+        self.chooses = chooses
         self.metric = metric
         self.mode = mode
         self.metrics = metrics
@@ -85,7 +90,7 @@ class FederatedEvaluation(FederatedCallback):
                 loop.log({f"{split}/{view}/{key}": number for key, number in summary.items()})
                 if self.metric != "loss" and "loss" in scores.by_client[0]:
                     loop.log({f"{split}/{view}/loss": scores.pooled["loss"]})
-                if split == "val" and (view == "global" or math.isnan(value)) and not view.startswith("unseen"):
+                if split == "val" and (view == self.chooses or math.isnan(value)) and not view.startswith("unseen"):
                     value = summary["mean"]
                 if split == "test" and not view.startswith("unseen"):
                     # torch.save(weights_only) takes plain floats; one row per evaluation, for the heat map.

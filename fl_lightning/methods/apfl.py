@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from fl_lightning.callbacks.proximal_penalty import refuse_scaled_gradients
 from fl_lightning.methods.two_models import TwoModels
 from fl_lightning.models.model import Model
 from fl_lightning.module import Batch, with_value_of
@@ -81,6 +82,11 @@ class AdaptiveMixture(TwoModels):
         mixed = self._mixture(x, logits if self.mix == "outputs" else None)
         smoothing = self.label_smoothing
         return with_value_of(*(functional.cross_entropy(out, y, label_smoothing=smoothing) for out in (logits, mixed)))
+
+    @override
+    def on_train_start(self) -> None:
+        if self.adaptive:
+            refuse_scaled_gradients(self, self.trainer)
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
