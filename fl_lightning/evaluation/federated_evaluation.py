@@ -31,8 +31,8 @@ class FederatedEvaluation(FederatedCallback):
     ``test/unseen/...``, and ``test/unseen_personal/...`` where a method personalizes even for those.
 
     The model to keep is the one with the best mean validation score: the global model's, or the personal models', and
-    whichever there is where a method has one kind alone. Test scores are logged but choose nothing. Where no client has validation data, the
-    last model is kept.
+    whichever there is where a method has one kind alone. Test scores are logged but choose nothing. Where no client has
+    validation data, the last model is kept.
 
     Args:
         every: Rounds between two evaluations, at least 1; the last round is always evaluated.
