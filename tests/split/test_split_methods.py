@@ -7,11 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
 from fl_lightning.client import Update
+from fl_lightning.command_line import CONF
+from fl_lightning.config import plain
+from fl_lightning.run_folder import RunFolder
 from fl_lightning.split.edges import EdgeAggregator
 from fl_lightning.split.latency import batch_bytes
 from fl_lightning.split.split_server import SplitServer
+from fl_lightning.training import assemble
 from tests.federations import Federation, assert_same, federation
 from tests.split.halves import make_module
 
@@ -200,3 +205,28 @@ def test_device_clock_by_hand(tiny_root: Path, tmp_path: Path) -> None:
         for client, (speed, up, down) in zip(run.clients, [devices[0], devices[1], devices[0]], strict=True)
     ]
     assert run.loop.callbacks["clock"].results(run.loop)["simulated_seconds"] == pytest.approx(2 * max(rounds))
+
+
+@pytest.mark.parametrize("model", ["gpt_tiny", "gpt2"])
+def test_language_model_on_texts(model: str, tmp_path: Path) -> None:
+    """Clients whose texts follow different rules; GPT-2 is tied, so both ends stay at the client."""
+    if model == "gpt2":
+        pytest.importorskip("transformers", reason="the extra `text` is not installed")
+    root = tmp_path / "texts"
+    root.mkdir()
+    for name, letters in {"ann": "abcdefgh", "bob": "hgfedcba", "cid": "acegbdfh"}.items():
+        (root / f"{name}.txt").write_text(letters * 40)
+    overrides = [
+        "data=tokens", f"data.root={root}", "data.length=6", f"model={model}", "model.width=16", "model.depth=3",
+        "method=flexp_sfl", "loop.rounds=3", "trainer.max_epochs=2", "optimizer.lr=0.01", "logger=none",
+        "dashboard=null", "data.batch_size=4",
+    ]  # fmt: skip
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = plain(compose("train", overrides))
+    run = assemble(config, RunFolder(tmp_path / "run"))
+    run.fit()
+    server = run.loop.callbacks["server"]
+    assert [server.cuts[client.id].at for client in run.clients] == [1, 2, 3]
+    first, last = run.loop.history[0], run.loop.history[-1]
+    assert last["fit/train_loss"] < first["fit/train_loss"] / 2
+    assert last["pooled/own"] > last["pooled/all"]  # each text has a rule of its own

@@ -1,0 +1,69 @@
+"""Language models: causality, the word that follows, and GPT-2 against transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fl_lightning.models import gpt
+from fl_lightning.models.gpt2 import gpt2
+
+
+def test_position_sees_only_what_came_before() -> None:
+    torch.manual_seed(0)
+    model = gpt(num_classes=9, image_size=6, width=16, depth=2, num_heads=2)
+    body = model.backbone[:-1]
+    tokens = torch.randint(9, (2, 6))
+    changed = tokens.clone()
+    changed[:, 4:] = (changed[:, 4:] + 1) % 9
+    before, after = body(tokens), body(changed)
+    assert torch.equal(before[:, :4], after[:, :4])
+    assert not torch.allclose(before[:, 4:], after[:, 4:])
+
+
+def test_learns_a_successor() -> None:
+    torch.manual_seed(0)
+    model = gpt(num_classes=5, image_size=4, width=16, depth=1, num_heads=2)
+    parameters = [*model.backbone.parameters(), *model.head.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=0.01)
+    for _ in range(60):
+        x = torch.randint(5, (32, 4))
+        loss = torch.nn.functional.cross_entropy(model.head(model.backbone(x)), (x[:, -1] + 1) % 5)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
+
+
+def test_sizes_are_checked() -> None:
+    with pytest.raises(ValueError, match="1 channel"):
+        gpt(num_classes=5, in_channels=3)
+    with pytest.raises(ValueError, match="`num_heads` must divide `width` 10, got 4"):
+        gpt(num_classes=5, width=10)
+    with pytest.raises(ValueError, match="a sequence of 7 tokens is longer than 6"):
+        gpt(num_classes=5, image_size=6, width=8).backbone(torch.zeros(1, 7, dtype=torch.int64))
+
+
+def test_gpt2_is_that_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers", reason="the extra `text` is not installed")
+    torch.manual_seed(0)
+    model = gpt2(num_classes=11, image_size=6, pretrained=False, width=16, depth=2, num_heads=2)
+    config = transformers.GPT2Config(
+        vocab_size=11, n_positions=6, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    plain = transformers.GPT2LMHeadModel(config).eval()
+    own = {
+        name.replace("transformer.wte", "embed.wte").replace("transformer.wpe", "embed.wpe")
+        .replace("transformer.ln_f", "readout.ln_f").replace("transformer.h.0.", "h0.block.")
+        .replace("transformer.h.1.", "h1.block."): tensor
+        for name, tensor in plain.state_dict().items()
+        if not name.startswith("lm_head")
+    }  # fmt: skip
+    model.backbone.load_state_dict(own)
+    assert model.head.weight is model.backbone.embed.wte.weight
+    tokens = torch.randint(11, (3, 6))
+    with torch.no_grad():
+        expected = plain(tokens).logits[:, -1]
+        torch.testing.assert_close(model.head(model.backbone.eval()(tokens)), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="`num_heads` must divide"):
+        gpt2(num_classes=11, image_size=6, pretrained=False, width=15, num_heads=2)
