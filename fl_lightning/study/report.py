@@ -100,8 +100,8 @@ def report(runs: Sequence[Run], study: Mapping[str, Any], folder: Path) -> dict[
     folder.mkdir(parents=True, exist_ok=True)
     atomic.write_text(folder / "table.md", text(markdown_table))
     write_json(folder / "results.json", results)
-    drawn = figures(variants, values, study)
-    save(drawn, folder)
+    if study["figures"]:
+        save(figures(variants, values, study), folder)
     print(f"\n{text(plain_table)}\ntables and figures: {folder}\nlook at them:       tensorboard --logdir {folder}")
     return results
 

@@ -1,0 +1,257 @@
+"""Every experiment of the LP-FT paper: it composes, its numbers are the paper's, it runs in small, it goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from fl_lightning import personalization, training
+from fl_lightning.command_line import CONF
+from fl_lightning.config import plain
+from fl_lightning.evaluation.tables import MeanStd
+from fl_lightning.personalization.strategy import build_strategies
+from fl_lightning.study import run
+from fl_lightning.study.report import mean_curves, order_lines, paper_rows, panels
+from fl_lightning.study.run import federations
+from fl_lightning.study.stages import personalization_config, stage_name
+from tests.data.test_celeba import root as celeba_root  # noqa: F401 - fixtures
+from tests.data.test_chexpert import root as chexpert_root  # noqa: F401
+from tests.data.test_digit5 import write_mat_archive
+from tests.data.test_domainnet import root as domainnet_root  # noqa: F401
+
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment" / "lpft").glob("*.yaml"))
+TABLES = [name for name in EXPERIMENTS if name.startswith("table2")]
+TINY = [
+    "~model",
+    "+model._target_=tests.federations.tiny_model",
+    "loop.rounds=1",
+    "data.batch_size=16",
+    "logger=none",
+    "dashboard=null",
+    "study.seeds=[1]",
+    "study.personalize.epochs=2",
+    "study.personalize.lp_epochs=1",
+    "study.personalize.figures=false",
+]
+
+
+def composed(experiment: str, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("study", [f"experiment=lpft/{experiment}", *overrides])
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_federation_of_every_experiment_can_be_trained_and_personalized(name: str) -> None:
+    cfg = composed(name, "data.root=somewhere")
+    every = list(federations(cfg))
+    assert [one.seed for _, one in every] == list(cfg.study.seeds) * max(len(cfg.study.variants), 1)
+    own = personalization_config(every[-1][1], Path("run"))
+    wanted = [*cfg.study.personalize.baselines, *cfg.study.personalize.personalization]
+    assert list(dict.fromkeys(strategy.base for strategy in build_strategies(own))) == wanted
+    assert own.epochs == 15  # the paper's, for every strategy
+    assert plain(own)["trainer"]["max_epochs"] == 15
+    assert own.seed == every[-1][1].seed
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_published_rows_agree_with_each_other(name: str) -> None:
+    study = plain(composed(name, "data.root=somewhere"))["study"]
+    assert set(study["paper"]) == {"ft", "proximal_ft", "soup_ft", "sparse_ft", "lss_ft", "lp_ft"}
+    for row in study["paper"].values():
+        assert list(row) == list(study["metrics"])
+        assert all(0 < mean < 100 and 0 < std < 6 for mean, std in row.values())
+    # By the paper's own numbers: Average is the mean of the three others in all LP-FT rows, and LP-FT is best by it.
+    row = {column: mean for column, (mean, _) in study["paper"]["lp_ft"].items()}
+    thirds = (row["Local"] + row["Global"] + row["Worst"]) / 3
+    assert row["Average"] == pytest.approx(thirds, abs=0.04)
+    for column in ("Global", "Average"):
+        best = max(study["paper"], key=lambda strategy: study["paper"][strategy][column][0])
+        assert best == "lp_ft"
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_stage_is_named_after_what_its_results_depend_on(shared: bool) -> None:
+    same = ["executor=processes", "logger=none", "dashboard=null", "study.seeds=[4]"]
+    other = ["optimizer.lr=0.02"]
+    name = stage_name(plain(composed("table2_digit5_scaled")))
+    assert (stage_name(plain(composed("fig3b_scaled", *(same if shared else other)))) == name) == shared
+
+
+def tiny(experiment: str, folder: Path, root: Path, *overrides: str) -> DictConfig:
+    return composed(experiment, *TINY, f"data.root={root}", f"study.stages={folder / 'stages'}", *overrides)
+
+
+@pytest.fixture
+def tiny_study(tmp_path: Path, tiny_root: Path) -> DictConfig:
+    return tiny(
+        "table2_digit5_scaled",
+        tmp_path,
+        tiny_root,
+        "study.figures=false",
+        "study.seeds=[1,2]",
+        "study.personalize.personalization=[ft,lp_ft]",
+        "study.personalize.baselines=[none]",
+    )
+
+
+def test_rows_stand_beside_the_papers(tiny_study: DictConfig, tmp_path: Path, capsys: Any) -> None:
+    results = run(tiny_study, tmp_path / "study")
+    printed = capsys.readouterr().out
+    assert "92.09" not in printed  # a strategy that was not run
+    for text in ("67.87 ± 0.74", "82.78 ± 0.05", "Global, lp_ft > ft:", "Table 2, Digit5"):
+        assert text in printed
+        assert text in (tmp_path / "study" / "table.md").read_text()
+    assert json.loads((tmp_path / "study" / "results.json").read_text()) == results
+    # The numbers are those of the stages, a value a seed, in the order of the seeds.
+    for position, stage in enumerate(results["all"]["personalized"]):
+        methods = json.loads((tmp_path / "stages" / "personalize" / stage / "results.json").read_text())["methods"]
+        assert methods["ft"]["global_others"] == results["all"]["per_seed"]["ft"]["global_others"][position]
+    ft, lp_ft = (results["all"]["per_seed"][name]["global_others"] for name in ("ft", "lp_ft"))
+    held = sum(b > a for a, b in zip(ft, lp_ft, strict=True))
+    assert f"in {held} of 2 seeds" in results["all"]["order"][0]
+
+
+def test_finished_stages_are_not_run_again(
+    tiny_study: DictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = run(tiny_study, tmp_path / "study")
+    stages = tmp_path / "stages"
+    # One federation stopped in its only round, and its personalization half-way.
+    trained, personalized = (results["all"][key][1] for key in ("trained", "personalized"))
+    for file in ("results.json", "global_model.pt"):
+        (stages / "train" / trained / file).unlink()
+    (stages / "personalize" / personalized / "results.json").unlink()
+    begun = []
+    for module in (training, personalization):
+        original = module.run
+
+        def spy(cfg: DictConfig, folder: Path, original: Any = original) -> Any:
+            begun.append((folder.parent.name, folder.name))
+            return original(cfg, folder)
+
+        monkeypatch.setattr(module, "run", spy)
+    assert run(tiny_study, tmp_path / "study") == results
+    assert begun == [("train", trained), ("personalize", personalized)]
+    begun.clear()
+    assert run(tiny_study, tmp_path / "again") == results
+    assert begun == []
+
+
+def test_what_is_wrong_is_named(tiny_study: DictConfig, tmp_path: Path) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        empty = compose("study", [])
+    with pytest.raises(ValueError, match="add experiment="):
+        run(empty, tmp_path)
+    tiny_study.study.variants = {"odd": {"data.colour": 1}}
+    with pytest.raises(ValueError, match=r"variants\.odd sets 'data\.colour'"):
+        list(federations(tiny_study))
+    tiny_study.study.personalize = {"epoch": 1}
+    with pytest.raises(ValueError, match="study.personalize has 'epoch'"):
+        personalization_config(tiny_study, tmp_path)
+    values = {"ft": {"local": [0.5]}}
+    with pytest.raises(ValueError, match=r"study\.metrics\.Global is 'globl'; measured are local"):
+        paper_rows(values, {"Global": "globl"}, {})
+    with pytest.raises(ValueError, match=r"study\.paper\.ft\.Best is no column"):
+        paper_rows(values, {"Local": "local"}, {"ft": {"Best": [1, 1]}})
+
+
+def test_rows_and_order_from_numbers_by_hand() -> None:
+    values = {"ft": {"g": [0.5, 0.7]}, "lp_ft": {"g": [0.6, 0.66]}, "ft level=1": {"g": [0.2]}}
+    rows = paper_rows(values, {"Global": "g"}, {"ft": {"Global": [67.87, 0.74]}})
+    assert rows[0]["Global"] == pytest.approx((60, 100 * math.sqrt(0.02)))
+    assert rows[0]["Global, paper"] == MeanStd(67.87, 0.74)
+    assert rows[1]["Global, paper"] is None
+    order = {"metric": "Global", "strategies": ["lp_ft", "proximal_ft", "ft"]}
+    assert order_lines(values, {"Global": "g"}, order) == [
+        "Global, lp_ft > ft: holds (+3.00 points; in 1 of 2 seeds)"
+    ]
+    values["lp_ft level=1"] = {"g": [0.1]}
+    assert order_lines(values, {"Global": "g"}, order)[1:] == [
+        "Global, lp_ft level=1 > ft level=1: does not hold (-10.00 points; in 0 of 1 seeds)"
+    ]
+    assert order_lines(values, {"Global": "g"}, None) == []
+    assert panels({"ft lr=1": {0: 0}, "ft lr=2": {0: 0}, "lp": {0: 0}, "local": {3: 0}}) == {
+        "ft": ["ft lr=1", "ft lr=2"],
+        "strategies": ["lp"],
+    }
+
+
+def small_cifar(root: Path, name: str, num_classes: int) -> Path:
+    rng = np.random.default_rng(0)
+    split = {}
+    for part, count in (("train", 400), ("test", 200)):
+        split[f"x_{part}"] = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        split[f"y_{part}"] = np.arange(count) % num_classes
+    np.savez(root / f"{name}.npz", **split)
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_runs_in_small(
+    name: str, tmp_path: Path, tiny_root: Path, request: pytest.FixtureRequest
+) -> None:
+    """On made trees of the published layouts."""
+    root, overrides = tmp_path, []
+    kind = str(composed(name, "data.root=x").data._target_).rpartition(".")[2]
+    if kind == "Digit5":
+        write_mat_archive(root)
+    elif kind == "Folder":
+        root = tiny_root
+    elif kind == "DomainNet":
+        root = request.getfixturevalue("domainnet_root")
+        overrides = ["data.domains=[clipart,sketch]", "data.classes=3", "data.resize=16"]
+    elif kind == "CelebA":
+        root, overrides = request.getfixturevalue("celeba_root"), ["data.agreements=[0.9,0.1]", "data.resize=16"]
+    elif kind == "CheXpert":
+        root = request.getfixturevalue("chexpert_root")
+        overrides = ["data.agreements=[0.75,0.25]", "data.resize=16", "data.test_fraction=0.4"]
+    elif kind == "CorruptedCifar":
+        cifar = "cifar100" if "100" in name else "cifar10"
+        small_cifar(root, cifar, 100 if "100" in name else 10)
+        overrides = ["data.corruptions=[contrast,brightness]"]
+    else:
+        small_cifar(root, "cifar10", 10)
+        overrides = ["data.num_clients=2", "data.partition.min_size=4"]
+    cfg = tiny(name, tmp_path, root, *overrides)
+    if name.startswith("peft_vit"):
+        vit = ["model.embed_dim=8", "model.depth=1", "model.num_heads=2", "model.patch_size=4"]
+        kept = [override for override in TINY if "model" not in override]
+        cfg = composed(name, *kept, *vit, f"data.root={root}", f"study.stages={tmp_path / 'stages'}")
+    results = run(cfg, tmp_path / "study")
+    assert list(results) == (list(cfg.study.variants) or ["all"])
+    drawn = {str(path.relative_to(tmp_path / "study")) for path in (tmp_path / "study").rglob("*.png")}
+    assert drawn
+    assert len(list((tmp_path / "study").glob("events.out.tfevents.*"))) == 1
+    if name.startswith("table2"):
+        assert "table.png" in drawn
+    if name.startswith("fig2"):
+        assert any(path.startswith("epochs_") for path in drawn)
+    if name.startswith("fig3a"):
+        assert "drop_against_distortion.png" in drawn
+    if name.startswith("fig3b"):
+        assert "equal_loss.png" in drawn
+    if "shift" in name:
+        assert "variants.png" in drawn
+
+
+def test_curves_are_means_over_seeds(tmp_path: Path) -> None:
+    from fl_lightning.study.report import Run
+
+    runs = []
+    for seed, values in ((1, (0.5, 0.3)), (2, (0.7, 0.5))):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        lines = [f"ft,{epoch},{value}" for epoch, value in zip((0, 3), values, strict=True)]
+        (folder / "curves.csv").write_text("\n".join(["strategy,epoch,local", *lines]) + "\n")
+        runs.append(Run("", seed, folder, folder))
+    curves = mean_curves(runs)
+    assert list(curves["ft"]) == [0, 3]
+    assert [point["local"] for point in curves["ft"].values()] == pytest.approx([0.6, 0.4])
