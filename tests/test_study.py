@@ -18,7 +18,7 @@ from fl_lightning.config import plain
 from fl_lightning.evaluation.tables import MeanStd
 from fl_lightning.personalization.strategy import build_strategies
 from fl_lightning.study import run
-from fl_lightning.study.report import mean_curves, order_lines, paper_rows, panels
+from fl_lightning.study.report import mean_curves, order_lines, panels, paper_rows
 from fl_lightning.study.run import federations
 from fl_lightning.study.stages import personalization_config, stage_name
 from tests.data.test_celeba import root as celeba_root  # noqa: F401 - fixtures
@@ -169,9 +169,7 @@ def test_rows_and_order_from_numbers_by_hand() -> None:
     assert rows[0]["Global, paper"] == MeanStd(67.87, 0.74)
     assert rows[1]["Global, paper"] is None
     order = {"metric": "Global", "strategies": ["lp_ft", "proximal_ft", "ft"]}
-    assert order_lines(values, {"Global": "g"}, order) == [
-        "Global, lp_ft > ft: holds (+3.00 points; in 1 of 2 seeds)"
-    ]
+    assert order_lines(values, {"Global": "g"}, order) == ["Global, lp_ft > ft: holds (+3.00 points; in 1 of 2 seeds)"]
     values["lp_ft level=1"] = {"g": [0.1]}
     assert order_lines(values, {"Global": "g"}, order)[1:] == [
         "Global, lp_ft level=1 > ft level=1: does not hold (-10.00 points; in 0 of 1 seeds)"

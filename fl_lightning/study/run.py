@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from fl_lightning.config import plain
 from fl_lightning.study import stages
 from fl_lightning.study.report import Run, report
 
@@ -35,7 +36,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         trained = stages.train(one, place)
         personalized = stages.personalize(one, trained, place)
         runs.append(Run(variant, int(one.seed), trained, personalized))
-    return report(runs, OmegaConf.to_container(cfg.study, resolve=True), folder)
+    return report(runs, plain(cfg)["study"], folder)
 
 
 def federations(cfg: DictConfig) -> Iterator[tuple[str, DictConfig]]:
