@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,17 @@ from fl_lightning.split.peer import require_safety
 from fl_lightning.split.remote import Line, NetworkExchange
 from fl_lightning.split.service import SplitService, start
 from fl_lightning.split.turns import Turns
-from tests.split.halves import batch_for, connect, make_body, make_module, step, twin, whole_state
+from tests.split.halves import (
+    SGD,
+    batch_for,
+    connect,
+    make_body,
+    make_module,
+    small_vit,
+    step,
+    twin,
+    whole_state,
+)
 
 CUTS = {0: 2, 1: 3}
 
@@ -361,3 +373,72 @@ def test_activations_do_not_leave_the_machine_in_the_clear() -> None:
         require_safety(address, encrypted=False, insecure=True)
         with pytest.raises(ValueError, match=f"{address} is not this machine"):
             require_safety(address, encrypted=False, insecure=False)
+
+
+def test_accumulated_batches_scale_the_alignment_too(wire: Wire) -> None:
+    """Lightning divides the loss of accumulated batches; the gradient that the server adds must be divided alike."""
+
+    def half_steps(player: Player) -> None:
+        player.optimizer.zero_grad()
+        for seed in (1, 2):
+            (0.5 * player.module.training_step(batch_for("vit", seed), 0)).backward()
+            player.module.on_after_backward()
+        player.optimizer.step()
+
+    module = make_module("vit")
+    body = make_body(module, weight=0.25)
+    local = Player("vit", connect(module, body, CUTS[1]), module)
+    remote = Player("vit", wire.join(1))
+    remote.exchange.scale = 0.5
+    for player in (local, remote):
+        for _ in range(2):  # after the first step top and copies differ, and alignment pulls
+            half_steps(player)
+    expected = whole_state(module, body, local.exchange)
+    found = whole_state(remote.module, wire.service.body, remote.exchange)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_frozen_front_still_trains_the_body(wire: Wire) -> None:
+    torch.manual_seed(0)
+    module = SplitModule(small_vit(), SGD, lr_factors={"base": 0.0, "top": 0.0})
+    before = wire.service.body.state()
+    player = Player("vit", wire.join(1), module)
+    player.step(1)
+    held = module.parts(player.exchange.cut)
+    after = wire.service.body.state()
+    assert any(not torch.equal(before[name], after[name]) for name in held.body)
+    assert all(torch.equal(before[name], after[name]) for name in held.top)
+
+
+def certificate(folder: Path, name: str) -> tuple[bytes, bytes]:
+    """A certificate for this machine that signs itself, and its key."""
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", f"/CN={name}",
+         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", f"{name}.key", "-out", f"{name}.pem"],
+        cwd=folder, check=True, capture_output=True,
+    )  # fmt: skip
+    return (folder / f"{name}.pem").read_bytes(), (folder / f"{name}.key").read_bytes()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make certificates")
+def test_tls_lets_in_who_is_known(tmp_path: Path) -> None:
+    server_certificate, server_key = certificate(tmp_path, "server")
+    client_certificate, client_key = certificate(tmp_path, "client")
+    module = make_module("vit")
+    service = SplitService(make_body(module), {0: module.cut_at(2)}, "model")
+    credentials = grpc.ssl_server_credentials([(server_key, server_certificate)], client_certificate, True)
+    server, port = start(service, "127.0.0.1:0", credentials)
+    address = f"127.0.0.1:{port}"
+    try:
+        known = grpc.ssl_channel_credentials(server_certificate, client_key, client_certificate)
+        header, _ = Line(address, 0, credentials=known).call("Join", {"fingerprint": "model"})
+        assert header["ticket"] == 0
+        stranger = grpc.ssl_channel_credentials(server_certificate)
+        for line in (
+            Line(address, 0, timeout=2, patience=0, credentials=stranger),
+            Line(address, 0, timeout=2, patience=0),
+        ):
+            with pytest.raises(ConnectionError, match="does not answer Join"):
+                line.call("Join", {"fingerprint": "model"})
+    finally:
+        server.stop(grace=None).wait()
