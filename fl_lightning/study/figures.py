@@ -34,7 +34,7 @@ def draw_beside_paper(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[s
                 x,
                 [cell.mean for cell in cells],
                 width * 0.92,
-                yerr=np.nan_to_num([cell.std for cell in cells]),
+                yerr=_errors(cells),
                 capsize=2,
                 color=colour,
                 hatch=hatch,
@@ -45,8 +45,8 @@ def draw_beside_paper(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[s
         axes.set_ylabel(f"{column} (%)")
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
-        if len(kinds) > 1:
-            axes.legend(fontsize=9, bbox_to_anchor=(1.01, 1), loc="upper left")
+    if len(kinds) > 1:
+        panels[0].legend(fontsize=9, bbox_to_anchor=(1.01, 1), loc="upper left")
     return figure
 
 
@@ -64,7 +64,7 @@ def draw_variants(values: Mapping[str, Mapping[str, tuple[MeanStd, MeanStd]]]) -
             axes.errorbar(
                 range(len(cells)),
                 [cell.mean for cell in cells],
-                yerr=np.nan_to_num([cell.std for cell in cells]),
+                yerr=_errors(cells),
                 color=COLOURS[index % len(COLOURS)],
                 marker=MARKERS[index % len(MARKERS)],
                 markersize=4,
@@ -76,3 +76,8 @@ def draw_variants(values: Mapping[str, Mapping[str, tuple[MeanStd, MeanStd]]]) -
         axes.grid(alpha=0.3)
     axes.legend(bbox_to_anchor=(1.01, 1), loc="upper left", fontsize=9)
     return figure
+
+
+def _errors(cells: Sequence[MeanStd]) -> list[float] | None:
+    """Deviations for error bars; None for a single run, which has none."""
+    return None if all(np.isnan(cell.std) for cell in cells) else [float(np.nan_to_num(cell.std)) for cell in cells]

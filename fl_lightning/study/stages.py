@@ -13,14 +13,15 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from fl_lightning import personalization, training
+from fl_lightning import personalization
 from fl_lightning.command_line import CONF
+from fl_lightning.compare import IRRELEVANT, run_once
 from fl_lightning.config import plain
 from fl_lightning.evaluation.results import read_json
 from fl_lightning.run_folder import RunFolder
 
-NO_INFLUENCE = ("resume", "executor", "progress", "paths", "checkpoint", "logger", "dashboard", "study", "figures")
-"""Keys that change no result, or, as ``checkpoint``, are told apart by other means."""
+NO_INFLUENCE = (*IRRELEVANT, "study", "figures")
+"""Keys that change no result, or, as the ``checkpoint`` that is personalized, are told apart by other means."""
 
 GROUPS = {
     "baselines": "personalization@baselines",
@@ -31,7 +32,7 @@ GROUPS = {
 
 
 def train(cfg: DictConfig, stages: Path) -> Path:
-    """Train a global model, or find the one that was trained before.
+    """Train a global model, go on with it, or find the one that was trained before.
 
     Args:
         cfg: The configuration of ``train.py``.
@@ -44,16 +45,10 @@ def train(cfg: DictConfig, stages: Path) -> Path:
         InterruptedError: If training was stopped before its last round.
     """
     folder = stages / "train" / stage_name(plain(cfg))
-    run = RunFolder(folder)
-    if run.results.exists():
-        print(f"trained before: {folder}")
-        return folder
+    print(f"training:       {folder}", flush=True)
     cfg = cfg.copy()
     cfg.study = None
-    if run.config.exists():
-        cfg.resume = str(folder)
-    print(f"training:       {folder}", flush=True)
-    if not training.run(cfg, folder):
+    if not run_once(cfg, folder):
         raise InterruptedError(f"training stopped in {folder}; the same command goes on from there")
     return folder
 
