@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from fl_lightning.personalization.source import Source
     from fl_lightning.run_folder import RunFolder
 
+HARM = (
+    "Who gains and who is harmed: changes of the clients' local accuracy from the un-tuned global model (none) and\n"
+    "from plain fine-tuning (ft). Counts of clients and p (Wilcoxon's signed-rank test, two-sided) are of means over seeds."
+)
+
 Groups = Mapping[str, Sequence[Sequence[Outcome]]]
 
 ACCURACIES = ("local", "global_others", "global_all", "avg2", "avg3", "worst_row")
@@ -90,7 +95,9 @@ def report(
         f"{source.data.name}, {len(datas)} clients, from {source.description['checkpoint']}, "
         f"{config['trainer'].get('max_epochs')} epochs, seed {config['seed']}, {config['seeds']} run(s)"
     )
-    atomic.write_text(run_folder.path / "table.md", f"{title}\n\n{markdown_table(rows, best=BEST)}\n{DEFINITIONS}\n")
+    harmed = [harm_row(name, results["methods"][name]) for name in groups if name != "none"]
+    text = f"{title}\n\n{markdown_table(rows, best=BEST)}\n{DEFINITIONS}\n\n{HARM}\n\n{markdown_table(harmed)}"
+    atomic.write_text(run_folder.path / "table.md", text)
     atomic.write_text(run_folder.path / "table.tex", latex_table(rows, best=BEST))
     atomic.write_text(run_folder.path / "curves.csv", curves_csv(groups, datas))
     if config["figures"]:
@@ -99,7 +106,8 @@ def report(
         log_numbers(groups, datas, logger)
         logger.finalize("success")
     write_json(run_folder.results, results)
-    print(f"{title}\n\n{plain_table(rows, best=BEST)}\n{DEFINITIONS}\n\nrun folder: {run_folder.path}")
+    print(f"{title}\n\n{plain_table(rows, best=BEST)}\n{DEFINITIONS}\n\n{HARM}\n\n{plain_table(harmed)}")
+    print(f"run folder: {run_folder.path}")
     return results
 
 
@@ -115,14 +123,18 @@ def _method(name: str, groups: Groups, datas: Sequence[Any]) -> dict[str, Any]:
     clients = [
         {"id": data.id, "name": data.name, "local": value} for data, value in zip(datas, values.tolist(), strict=True)
     ]
+    paired = {}
     for against, baseline in _baselines(groups, name).items():
-        for client, difference in zip(clients, change(values.tolist(), client_values(baseline).tolist()), strict=True):
+        before = client_values(baseline).tolist()
+        for client, difference in zip(clients, change(values.tolist(), before), strict=True):
             client[f"change_from_{against}"] = float(difference)
+        paired[f"against_{against}"] = compare(values.tolist(), before)._asdict()
     return {
         **{key: summary.mean for key, summary in summaries.items()},
         "std": {key: summary.std for key, summary in summaries.items()},
         "per_seed": per_seed,
         "clients": clients,
+        **paired,
     }
 
 
@@ -170,6 +182,27 @@ def comparisons(groups: Groups) -> list[dict[str, Any]]:
 
 def _row(name: str, method: Mapping[str, Any]) -> dict[str, Any]:
     return {"strategy": name, **{key: MeanStd(method[key], method["std"][key]) for key in COLUMNS if key in method}}
+
+
+def harm_row(name: str, method: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one strategy's row of the table of gains and harm."""
+    row: dict[str, Any] = {"strategy": name}
+    if "against_none" in method:
+        worst = min(method["clients"], key=lambda client: client["change_from_none"])
+        row |= {
+            "mean change": MeanStd(method["mean_change"], method["std"]["mean_change"]),
+            "share hurt": MeanStd(method["share_hurt"], method["std"]["share_hurt"]),
+            "worst change": worst["change_from_none"],
+            "of client": worst["name"],
+        }
+    if "against_ft" in method:
+        pair = method["against_ft"]
+        row |= {
+            "share hurt by leaving ft": MeanStd(method["share_hurt_vs_ft"], method["std"]["share_hurt_vs_ft"]),
+            "wins, ties, losses against ft": f"{pair['wins']}, {pair['ties']}, {pair['losses']}",
+            "p": pair["p_value"],
+        }
+    return row
 
 
 def save_matrices(name: str, matrices: Sequence[AccuracyMatrix], run_folder: RunFolder) -> None:

@@ -136,7 +136,9 @@ def test_what_is_left_behind(personalized: Run, trained: Path) -> None:
     ft = results["methods"]["ft"]
     worse = [client["change_from_none"] < 0 for client in ft["clients"]]
     pairs = {(pair["first"], pair["second"]): pair for pair in results["comparisons"]}
-    assert pairs["none", "ft"]["wins"] == sum(worse)
+    assert pairs["none", "ft"]["wins"] == ft["against_none"]["losses"] == sum(worse)
+    assert results["methods"]["lp_ft"]["against_ft"]["wins"] == pairs["ft", "lp_ft"]["losses"]
+    assert "worst change" in (folder / "table.md").read_text()
     assert results == json.loads((folder / "results.json").read_text())
     assert "**" in (folder / "table.md").read_text()
     assert r"\toprule" in (folder / "table.tex").read_text()
