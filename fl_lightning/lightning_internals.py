@@ -105,6 +105,7 @@ class LeanTrainer(Trainer):
         self.state.status = status
         self.state.stage = None
         self.callbacks = []
+        self.datamodule.trainer = None
         self.datamodule = None  # type: ignore[assignment]
 
     def use_optimizer(self, configured: Any) -> tuple[Optimizer, list[LRSchedulerConfig]]:

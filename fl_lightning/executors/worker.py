@@ -33,6 +33,23 @@ class WorkerTracebackError(Exception):
         return f"\n{self.args[0]}"
 
 
+class SentState:
+    """Remembers which tensors were sent, so that the model of a round is sent once and not for every client."""
+
+    def __init__(self) -> None:
+        self._sent: list[tuple[str, torch.Tensor, int]] = []
+
+    def is_still(self, state: State) -> bool:
+        """Tell whether these tensors are those of the last call, not written to since; from now on they are."""
+        # Tensors made in inference mode count no writes, but then nothing can write to them outside of it.
+        now = [(name, tensor, 0 if tensor.is_inference() else tensor._version) for name, tensor in state.items()]
+        before, self._sent = self._sent, now
+        return len(now) == len(before) and all(
+            name == name2 and tensor is tensor2 and version == version2
+            for (name, tensor, version), (name2, tensor2, version2) in zip(now, before, strict=True)
+        )
+
+
 class Worker:
     """One worker process, seen from the process that gives it work. It runs one fit at a time.
 
@@ -71,7 +88,7 @@ class Worker:
         with _environment(environment), _ctrl_c_blocked():
             self.process.start()
         theirs.close()
-        self._sent: list[tuple[str, torch.Tensor, int]] = []
+        self._sent = SentState()
 
     @property
     def exit_reason(self) -> str:
@@ -83,10 +100,8 @@ class Worker:
     def start(self, client: Client, broadcast: Broadcast) -> None:
         """Begin a fit; an end of the process shows at :meth:`result`."""
         state = None
-        current = [(name, tensor, _version(tensor)) for name, tensor in broadcast.state.items()]
-        if not _same(current, self._sent):
+        if not self._sent.is_still(broadcast.state):
             state = self._write("state", broadcast.state)
-            self._sent = current
         task = self._write("task", (client.id, client.personal, client.memory, replace(broadcast, state={})))
         with suppress(OSError):  # it has died, as `result` will find
             self.connection.send_bytes(pickle.dumps((state, task)))
@@ -101,12 +116,7 @@ class Worker:
             ok, (data, slots) = pickle.loads(self.connection.recv_bytes())
         except OSError as gone:
             raise EOFError from gone
-        value = loads(data, self._buffers["result"].read(slots))
-        if ok:
-            return value
-        error, text = value
-        error.__cause__ = WorkerTracebackError(text)
-        return error
+        return fit_or_error(ok, loads(data, self._buffers["result"].read(slots)))
 
     def close(self, kill: bool) -> None:
         """End the process: at once, or as soon as it sees that no more work comes."""
@@ -157,11 +167,8 @@ def serve(
         if shared is not None:
             state = loads(shared[0], buffers["state"].read(shared[1]))
         client_id, personal, memory, broadcast = loads(task, buffers["task"].read(slots))
-        try:
-            client = Client(client_id, data[client_id], personal, memory)
-            result: tuple[bool, Any] = (True, local.fit(client, replace(broadcast, state=dict(state))))
-        except Exception as error:  # the loop decides what a failed client means
-            result = (False, (_sendable(error), traceback.format_exc()))
+        client = Client(client_id, data[client_id], personal, memory)
+        result = run_fit(local, client, replace(broadcast, state=dict(state)))
         result_bytes, tensors = dumps(result[1])
         try:
             connection.send_bytes(pickle.dumps((result[0], (result_bytes, buffers["result"].write(tensors)))))
@@ -169,25 +176,34 @@ def serve(
             return
 
 
-def _sendable(error: Exception) -> Exception:
+def run_fit(local: LocalTraining, client: Client, broadcast: Broadcast) -> tuple[bool, Any]:
+    """Run a fit where an exception cannot simply be raised.
+
+    Returns:
+        True and the fit, or False and the exception with its traceback as text, for :func:`fit_or_error`.
+    """
+    try:
+        return True, local.fit(client, broadcast)
+    except Exception as error:  # the loop decides what a failed client means
+        return False, (sendable(error), traceback.format_exc())
+
+
+def fit_or_error(ok: bool, value: Any) -> Fit | Exception:
+    """Return what :func:`run_fit` found, the traceback as the cause of the exception."""
+    if ok:
+        return value
+    error, text = value
+    error.__cause__ = WorkerTracebackError(text)
+    return error
+
+
+def sendable(error: Exception) -> Exception:
     """An exception as it is if it can travel, else one that says the same."""
     try:
         loads(*dumps(error))
     except Exception:  # pickling a foreign class may raise anything
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """A number that changes when the tensor is written to."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _same(one: list[tuple[str, torch.Tensor, int]], other: list[tuple[str, torch.Tensor, int]]) -> bool:
-    return len(one) == len(other) and all(
-        name == name2 and tensor is tensor2 and version == version2
-        for (name, tensor, version), (name2, tensor2, version2) in zip(one, other, strict=True)
-    )
 
 
 @contextmanager

@@ -1,0 +1,54 @@
+"""What do two worker processes bring on two cores? Beside a bare loop on one thread.
+
+    python -m benchmarks.workers [--repeats 15] [--workers 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+
+import torch
+
+from benchmarks.bare import BareRounds
+from benchmarks.timing import circumstances, interleaved, ratio, spread
+from benchmarks.workloads import W1, W2, Rounds, Workload
+from fl_lightning.executors import ProcessExecutor
+
+#: Ratios to the bare loop on one thread, measured earlier on another machine of two cores: issue 6.
+PEERS = {
+    "PFLlib": (1.35, 1.37),
+    "FL-bench, Ray, 2 workers": (0.76, 1.46),
+    "Flower, 2 Ray actors": (0.75, 1.40),
+    "pfl-research, 2 processes": (0.53, 0.55),
+}
+
+
+def measure(workload: Workload, workers: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds per round of the bare loop, and of lean fits in worker processes."""
+    rounds = Rounds(workload, ProcessExecutor(workers), "fedavg", "lean")
+    try:
+        return interleaved({"bare": BareRounds(workload), "workers": rounds}, repeats)
+    finally:
+        rounds.close()
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--workers", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print(circumstances())
+    print(f"{arguments.workers} workers of one thread; ratio of medians to the bare loop (middle half of ratios)")
+    for workload in (W1, W2):
+        seconds = measure(workload, arguments.workers, arguments.repeats)
+        bare = statistics.median(seconds["bare"])
+        result = f"workers {ratio(seconds, 'workers'):.3f} ({spread(seconds, 'workers')})"
+        print(f"{workload.name} fedavg   bare {bare:.3f} s a round   {result}", flush=True)
+    print("others, measured earlier (W1, W2): " + ", ".join(f"{name} {one}, {two}" for name, (one, two) in PEERS.items()))
+
+
+if __name__ == "__main__":
+    main()
