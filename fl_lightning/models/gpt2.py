@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -63,7 +64,7 @@ def gpt2(
         raise ImportError("model=gpt2 needs transformers: pip install 'fl_lightning[text]'") from error
     if in_channels != 1:
         raise ValueError(f"a language model reads sequences of tokens (1 channel), but the data has {in_channels}.")
-    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    off: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     if pretrained:
         try:
             model = GPT2LMHeadModel.from_pretrained(name, use_safetensors=True, **off)
@@ -75,9 +76,18 @@ def gpt2(
     else:
         if width % num_heads:
             raise ValueError(f"`num_heads` must divide `width` {width}, got {num_heads}.")
-        sizes = {"vocab_size": num_classes, "n_positions": image_size, "n_embd": width, "n_layer": depth}
-        ends = {"bos_token_id": 0, "eos_token_id": 0}
-        model = GPT2LMHeadModel(GPT2Config(**sizes, n_head=num_heads, **ends, **off))
+        model = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=num_classes,
+                n_positions=image_size,
+                n_embd=width,
+                n_layer=depth,
+                n_head=num_heads,
+                bos_token_id=0,
+                eos_token_id=0,
+                **off,
+            )
+        )
     vocabulary, longest = model.transformer.wte.num_embeddings, model.transformer.wpe.num_embeddings
     if num_classes != vocabulary or image_size > longest:
         raise ValueError(
