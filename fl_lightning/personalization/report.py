@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 HARM = (
     "Who gains and who is harmed: changes of the clients' local accuracy from the un-tuned global model (none) and\n"
-    "from plain fine-tuning (ft). Counts of clients and p (Wilcoxon's signed-rank test, two-sided) are of means over seeds."
+    "from plain fine-tuning (ft). Counts of clients are of means over seeds; so is p, by Wilcoxon's signed-rank test\n"
+    "(two-sided), which with few clients cannot be small."
 )
 
 Groups = Mapping[str, Sequence[Sequence[Outcome]]]
