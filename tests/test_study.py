@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from fl_lightning import personalization, training
 from fl_lightning.command_line import CONF
@@ -253,3 +253,8 @@ def test_curves_are_means_over_seeds(tmp_path: Path) -> None:
     curves = mean_curves(runs)
     assert list(curves["ft"]) == [0, 3]
     assert [point["local"] for point in curves["ft"].values()] == pytest.approx([0.6, 0.4])
+
+
+def test_multirun_runs_all_studies_for_two_cores() -> None:
+    listed = OmegaConf.load(CONF / "study.yaml").hydra.sweeper.params.experiment.split(",")
+    assert sorted(listed) == [f"lpft/{name}" for name in EXPERIMENTS if name.endswith("_scaled")]
