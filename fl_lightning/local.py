@@ -65,17 +65,26 @@ class LocalTraining:
             a new Trainer for every fit. ``lean``: :class:`~fl_lightning.lean_fit.LeanFit`, about as fast as a bare
             loop, which refuses what it does not cover. ``auto``: lean where everything in use is covered, else stock,
             with one line in the log that says why.
+        channels_last: Whether convolutions keep images with their channels innermost, as tensor cores and many CPUs
+            like it. The result differs in the last bits.
 
     Raises:
         ValueError: If ``engine`` is none of the three.
     """
 
-    def __init__(self, trainer: Callable[..., Trainer], validate: bool = False, engine: Engine = "auto") -> None:
+    def __init__(
+        self,
+        trainer: Callable[..., Trainer],
+        validate: bool = False,
+        engine: Engine = "auto",
+        channels_last: bool = False,
+    ) -> None:
         if engine not in get_args(Engine):
             raise ValueError(f"local.engine must be one of {', '.join(get_args(Engine))}, got {engine!r}")
         self.trainer = trainer
         self.validate = validate
         self.engine = engine
+        self.channels_last = channels_last
         self._lean: LeanFit | None = None
         self._needs_stock = ""
         self.callbacks: list[Callback] = []
@@ -98,6 +107,9 @@ class LocalTraining:
         self.sharing = sharing
         self.callbacks = list(callbacks)
         self.seed = seed
+        if self.channels_last:
+            # Convolutions follow their weights: what comes into the first one is turned there, once.
+            module.to(memory_format=torch.channels_last)
         self.tensors = ModuleTensors(module)
         self.initial = snapshot(self.tensors())
         for callback in callbacks:
@@ -153,25 +165,41 @@ class LocalTraining:
         module = self.module
         module.stage = self.stage
         client = replace(client, memory=dict(client.memory))
-        shared = self.sharing.names(module, client)
+        overwrite(self.tensors(), self.start(client, broadcast))
+        self.sharing.prepare(module)
+        module.step_losses.clear()
+        for callback in self.federated_callbacks:
+            callback.on_client_start(client, module, broadcast)
+        with global_seed(derive_seed(self.seed, "fit", broadcast.round, client.id), self.device):
+            metrics = self._train(module, client) if broadcast.train else {}
+        return self.finish(client, self.tensors(), metrics)
+
+    def start(self, client: Client, broadcast: Broadcast) -> State:
+        """Return all tensors of the model where a fit starts, and fix the order of its batches.
+
+        Raises:
+            ValueError: If the message does not hold the shared tensors.
+        """
+        shared = self.sharing.names(self.module, client)
         if set(shared) != set(broadcast.state):
             raise ValueError(
                 f"client {client.name}: the message does not hold the shared tensors: "
                 f"{difference(broadcast.state, {name: self.initial[name] for name in shared})}"
             )
-        overwrite(self.tensors(), self.client_state(client, broadcast.state))
-        self.sharing.prepare(module)
-        module.step_losses.clear()
         client.data.seed(derive_seed(self.seed, "batches", broadcast.round, client.id))
-        for callback in self.federated_callbacks:
-            callback.on_client_start(client, module, broadcast)
-        with global_seed(derive_seed(self.seed, "fit", broadcast.round, client.id), self.device):
-            metrics = self._train(module, client) if broadcast.train else {}
-        own = self.tensors()
+        return self.client_state(client, broadcast.state)
+
+    def finish(self, client: Client, own: State, metrics: dict[str, float]) -> Fit:
+        """Divide all tensors of the model after a fit into what is sent and what stays.
+
+        Raises:
+            ValueError: If the fit changed a tensor declared as fixed.
+        """
+        shared = self.sharing.names(self.module, client)
         update = Update(client.id, client.num_examples, snapshot(own, shared), metrics=metrics)
         for callback in self.federated_callbacks:
-            callback.on_client_end(client, module, update)
-        fixed = self.sharing.fixed_names(module)
+            callback.on_client_end(client, self.module, update)
+        fixed = self.sharing.fixed_names(self.module)
         for name in fixed:
             if not torch.equal(own[name].to("cpu"), self.initial[name]):
                 raise ValueError(f"{name} is declared as sharing.fixed, but the fit changed it; freeze it")
