@@ -73,5 +73,5 @@ class BareRounds:
                 if self.method == "fedprox":
                     with torch.no_grad():
                         for p, origin in zip(self.model.parameters(), start, strict=True):
-                            p.grad.add_(p - origin, alpha=MU)
+                            p.grad += MU * (p - origin)
                 optimizer.step()

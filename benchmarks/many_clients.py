@@ -34,8 +34,8 @@ def rounds_of(workload: Workload, number: int) -> None:
     ready = time.perf_counter() - start
     pool = rounds.loop.clients[0].data._source.num_bytes / 2**20
     print(
-        f"{workload.clients} clients x {workload.examples} images, {workload.per_round} a round: set up in {ready:.2f} s, "
-        f"{resident() - before:.0f} MiB of which {pool:.0f} MiB images"
+        f"{workload.clients} clients x {workload.examples} images, {workload.per_round} a round: "
+        f"set up in {ready:.2f} s, {resident() - before:.0f} MiB of which {pool:.0f} MiB images"
     )
     for index in range(number):
         start = time.perf_counter()

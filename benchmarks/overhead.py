@@ -11,14 +11,14 @@ import statistics
 import torch
 
 from benchmarks.bare import BareRounds
-from benchmarks.timing import circumstances, interleaved, ratio, spread
+from benchmarks.timing import Contender, circumstances, interleaved, ratio, spread
 from benchmarks.workloads import METHODS, W1, W2, Rounds, Workload
 from fl_lightning.executors import SerialExecutor
 
 
 def measure(workload: Workload, method: str, repeats: int) -> dict[str, list[float]]:
     """Seconds per round of the bare loop, the lean fit, and Lightning's own loop."""
-    contenders = {
+    contenders: dict[str, Contender] = {
         "bare": BareRounds(workload, method),
         "lean": Rounds(workload, SerialExecutor(), method, "lean"),
         "stock": Rounds(workload, SerialExecutor(), method, "stock"),

@@ -1,6 +1,6 @@
 """How long from the end of the imports to the first round, and how long is that round?
 
-    python -m benchmarks.start_up
+python -m benchmarks.start_up
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def main() -> None:
         first = time.perf_counter() - start
         start = time.perf_counter()
         rounds()
-        print(f"{name:12s} set-up {ready:.2f} s   first round {first:.2f} s   second round {time.perf_counter() - start:.2f} s")
+        second = time.perf_counter() - start
+        print(f"{name:12s} set-up {ready:.2f} s   first round {first:.2f} s   second round {second:.2f} s")
         rounds.close()
 
 

@@ -1,6 +1,6 @@
 """What do two worker processes bring on two cores? Beside a bare loop on one thread.
 
-    python -m benchmarks.workers [--repeats 15] [--workers 2]
+python -m benchmarks.workers [--repeats 15] [--workers 2]
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def main() -> None:
         bare = statistics.median(seconds["bare"])
         result = f"workers {ratio(seconds, 'workers'):.3f} ({spread(seconds, 'workers')})"
         print(f"{workload.name} fedavg   bare {bare:.3f} s a round   {result}", flush=True)
-    print("others, measured earlier (W1, W2): " + ", ".join(f"{name} {one}, {two}" for name, (one, two) in PEERS.items()))
+    others = ", ".join(f"{name} {one}, {two}" for name, (one, two) in PEERS.items())
+    print(f"others, measured earlier (W1, W2): {others}")
 
 
 if __name__ == "__main__":

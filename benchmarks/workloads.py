@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,10 +23,11 @@ from fl_lightning.executors import Executor
 from fl_lightning.local import LocalTraining
 from fl_lightning.loop import FederatedLoop
 from fl_lightning.models import cnn2, lenet5, resnet18
+from fl_lightning.models.model import Model
 from fl_lightning.module import FederatedModule
 from fl_lightning.sharing import Sharing
 
-MODELS = {"lenet5": lenet5, "cnn2": cnn2, "resnet18": partial(resnet18, norm="group")}
+MODELS: dict[str, Callable[..., Model]] = {"lenet5": lenet5, "cnn2": cnn2, "resnet18": partial(resnet18, norm="group")}
 METHODS = ("fedavg", "fedprox", "lp_ft")
 LR, MOMENTUM, MU = 0.01, 0.5, 0.01
 

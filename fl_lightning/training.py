@@ -26,7 +26,7 @@ from fl_lightning.evaluation.federated_evaluation import FederatedEvaluation
 from fl_lightning.evaluation.predict import Scores, evaluating
 from fl_lightning.evaluation.results import MetricsTable, build_results, client_entries, write_json
 from fl_lightning.evaluation.tables import plain_table
-from fl_lightning.executors.serial import SerialExecutor
+from fl_lightning.executors import CohortExecutor, SerialExecutor
 from fl_lightning.local import QUIET, silence_lightning
 from fl_lightning.loop import FederatedLoop
 from fl_lightning.models.export import export_state_dict
@@ -99,7 +99,7 @@ def assemble(config: Mapping[str, Any], run_folder: RunFolder) -> Federation:
     module = build_module(config, data)
     if config["init_from"] is not None:
         module.start_from(read_global_model(config["init_from"], module.head_path))
-    if isinstance(loop.executor, SerialExecutor):
+    if isinstance(loop.executor, (SerialExecutor, CohortExecutor)):
         # Workers have memory of their own; here all clients share one pool, on the device where it fits.
         silence_lightning()
         data.to(loop.local.trainer(logger=False, enable_checkpointing=False, **QUIET).strategy.root_device)

@@ -18,7 +18,7 @@ from fl_lightning.client import Broadcast, Client
 from fl_lightning.executors.executor import Executor, Outcome
 from fl_lightning.executors.processes import ATTEMPTS, FITS_AHEAD, Job
 from fl_lightning.executors.tensor_pickle import dumps, loads
-from fl_lightning.executors.worker import SentState, fit_or_error, run_fit
+from fl_lightning.executors.worker import SentState, fit_or_error, move_images, run_fit
 from fl_lightning.local import LocalTraining, silence_lightning
 
 log = logging.getLogger(__name__)
@@ -203,6 +203,7 @@ class RayWorker:
         self.local: LocalTraining = unpack(local)
         # Images are only read, so that all actors of a machine may share them.
         self.data: Mapping[int, Any] = unpack(data, copy=False)
+        move_images(self.data, self.local.device)
 
     def ready(self) -> bool:
         """Say that the actor is there."""

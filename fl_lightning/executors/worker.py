@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fl_lightning.client import Broadcast, Client
+from fl_lightning.data.image_pool import ImagePool
 from fl_lightning.executors.shared_buffer import SharedBuffer, Slot
 from fl_lightning.executors.tensor_pickle import dumps, loads
 from fl_lightning.local import Fit, LocalTraining, silence_lightning
@@ -155,6 +156,7 @@ def serve(
         silence_lightning()
         local = pickle.loads(local)
     assert isinstance(local, LocalTraining)
+    move_images(data, local.device)
     # What was inherited stays: not looked at by the garbage collector, its pages stay shared with the parent.
     gc.freeze()
     state: State = {}
@@ -174,6 +176,15 @@ def serve(
             connection.send_bytes(pickle.dumps((result[0], (result_bytes, buffers["result"].write(tensors)))))
         except OSError:
             return
+
+
+def move_images(data: Mapping[int, ClientData], device: torch.device) -> None:
+    """Put the images of all clients on an accelerator, once, where they are in memory and fit there."""
+    if device.type == "cpu":
+        return
+    for source in {id(one._source): one._source for one in data.values()}.values():
+        if isinstance(source, ImagePool) and source.fits(device):
+            source.to(device)
 
 
 def run_fit(local: LocalTraining, client: Client, broadcast: Broadcast) -> tuple[bool, Any]:

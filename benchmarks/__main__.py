@@ -1,0 +1,22 @@
+"""All tables of the README's section on speed, one after another: ``python -m benchmarks``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+SCRIPTS = ("overhead", "workers", "start_up", "matrix")
+
+
+def main() -> None:
+    """Run each script in a process of its own, so that none inherits what another has warmed up."""
+    for script in SCRIPTS:
+        print(f"\n== python -m benchmarks.{script}", flush=True)
+        result = subprocess.run([sys.executable, "-m", f"benchmarks.{script}"], check=False)
+        if result.returncode:
+            sys.exit(result.returncode)
+    print("\nalso: python -m benchmarks.many_clients (memory), python -m benchmarks.gpu (needs a GPU)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""What does the full client-by-client matrix cost, beside the forward passes that it needs?
+
+    python -m benchmarks.matrix [--repeats 9]
+
+Every one of 20 personal models is tried on the test images of all 20 clients (W1's clients, 100 test images each).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+
+import torch
+from torch import Tensor
+
+from benchmarks.timing import circumstances, interleaved, ratio, spread
+from fl_lightning.data.client_data import BatchOptions, ClientData
+from fl_lightning.data.client_indices import ClientIndices
+from fl_lightning.data.image_pool import ImagePool
+from fl_lightning.evaluation.matrix import score_matrix
+from fl_lightning.models import lenet5
+from fl_lightning.module import FederatedModule
+from fl_lightning.state import load, snapshot
+
+CLIENTS, IMAGES = 20, 100
+
+
+def main() -> None:
+    """Print the ratio."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=9)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print(circumstances())
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (CLIENTS * IMAGES, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    pool = ImagePool(images, torch.randint(0, 10, (CLIENTS * IMAGES,), generator=generator))
+    own = torch.arange(len(pool)).split(IMAGES)
+    options = BatchOptions(eval_batch_size=512)
+    datas = [ClientData(i, pool, ClientIndices(str(i), index, index), 10, options) for i, index in enumerate(own)]
+    module = FederatedModule(lenet5(10), torch.optim.SGD).eval()
+    states = [snapshot(module.state_dict()) for _ in range(CLIENTS)]
+    batches: list[Tensor] = list((images.float() / 127.5 - 1).split(512))
+
+    def forward_passes() -> None:
+        with torch.inference_mode():
+            for _ in range(CLIENTS):
+                for x in batches:
+                    module(x)
+
+    def matrix() -> None:
+        score_matrix(module, enumerate(states), datas)
+
+    load(module, states[0])
+    seconds = interleaved({"bare": forward_passes, "matrix": matrix}, arguments.repeats)
+    bare = statistics.median(seconds["bare"])
+    print(
+        f"{CLIENTS} models x {CLIENTS} clients x {IMAGES} images: forward passes "
+        f"{bare:.3f} s, matrix {ratio(seconds, 'matrix'):.3f} ({spread(seconds, 'matrix')})"
+    )
+
+
+if __name__ == "__main__":
+    main()
