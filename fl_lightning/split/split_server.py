@@ -187,6 +187,9 @@ class SplitServer(FederatedCallback):
 
     @override
     def on_aggregate_end(self, loop: FederatedLoop) -> None:
+        module = loop.module
+        assert isinstance(module, SplitModule)
+        module.connect(None)  # a fit that failed has not hung up
         seconds = (sequential_seconds if self.schedule == "sequential" else asynchronous_seconds)(self._batches)
         self.simulated_seconds += seconds
         loop.log({f"{PREFIX}{name}": value for name, value in self._round.numbers().items()})

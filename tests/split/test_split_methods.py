@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from fl_lightning.callback import FederatedCallback
 from fl_lightning.client import Update
 from fl_lightning.command_line import CONF
 from fl_lightning.config import plain
@@ -230,3 +232,32 @@ def test_language_model_on_texts(model: str, tmp_path: Path) -> None:
     first, last = run.loop.history[0], run.loop.history[-1]
     assert last["fit/train_loss"] < first["fit/train_loss"] / 2
     assert last["pooled/own"] > last["pooled/all"]  # each text has a rule of its own
+
+
+class FailingClient(FederatedCallback):
+    """Lets one client fail in the middle of its fit."""
+
+    def __init__(self, client_id: int) -> None:
+        self.client_id = client_id
+
+    def on_client_start(self, client: Any, module: Any, broadcast: Any) -> None:
+        self.failing = client.id == self.client_id
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.failing:
+            raise OSError("the battery is empty")
+
+
+def test_client_that_fails_in_mid_fit_leaves_the_body_as_it_found_it(tiny_root: Path, tmp_path: Path) -> None:
+    states = []
+    for number, overrides in enumerate(([], ["data.unseen_clients=[cid]"])):
+        run = federation(
+            tiny_root, tmp_path / str(number), "method=sl", "seed=3", "loop.on_client_error=skip", *overrides
+        )
+        callback = FailingClient(2)
+        callback.name = "failing"
+        run.loop.callbacks["failing"] = callback
+        run.fit()
+        assert run.module.exchange is None
+        states.append(run.loop.state)
+    assert_same(states[0], states[1])
