@@ -62,7 +62,9 @@ class Dashboard(FederatedCallback):
 
         people = [*loop.clients, *loop.unseen]
         counts = torch.stack([client.data.label_counts("train") for client in people])
-        self._show(loop, "pictures/partition", draw_partition(counts.numpy(), [c.name for c in people], self.class_names), 0)
+        self._show(
+            loop, "pictures/partition", draw_partition(counts.numpy(), [c.name for c in people], self.class_names), 0
+        )
         writer = self._writer(loop)
         if writer is not None and self.text:
             writer.add_text("configuration", "\n".join(f"    {line}" for line in self.text.splitlines()), 0)

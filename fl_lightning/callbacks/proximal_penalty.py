@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -42,10 +43,16 @@ class ProximalPenalty(FederatedCallback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if not self.mu:
             return
-        moving = [(p, self._start[name]) for name, p in pl_module.named_parameters() if p.grad is not None]
+        parameters: list[Tensor] = []
+        starts: list[Tensor] = []
+        gradients: list[Tensor] = []
+        for name, parameter in pl_module.named_parameters():
+            if parameter.grad is not None:
+                parameters.append(parameter)
+                starts.append(self._start[name])
+                gradients.append(parameter.grad)
         with torch.no_grad():
-            away = torch._foreach_sub([p for p, _ in moving], [start for _, start in moving])
-            torch._foreach_add_([p.grad for p, _ in moving], away, alpha=self.mu)
+            torch._foreach_add_(gradients, torch._foreach_sub(parameters, starts), alpha=self.mu)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -81,7 +81,7 @@ class ClientData(LightningDataModule):
     ) -> None:
         super().__init__()
         self.id = id
-        self.name = indices.name
+        self.name: str = indices.name  # Lightning declares it as optional
         self.num_classes = num_classes
         self.batch_size = options.batch_size
         self.eval_batch_size = options.eval_batch_size

@@ -23,9 +23,15 @@ class ClientSizes(Protocol):
 
     id: int
     name: str
-    num_train: int
-    num_val: int
-    num_test: int
+
+    @property
+    def num_train(self) -> int: ...
+
+    @property
+    def num_val(self) -> int: ...
+
+    @property
+    def num_test(self) -> int: ...
 
 
 def client_entries(
