@@ -209,7 +209,7 @@ def test_device_clock_by_hand(tiny_root: Path, tmp_path: Path) -> None:
     assert run.loop.callbacks["clock"].results(run.loop)["simulated_seconds"] == pytest.approx(2 * max(rounds))
 
 
-@pytest.mark.parametrize("model", ["gpt_tiny", "gpt2"])
+@pytest.mark.parametrize("model", ["gpt_tiny", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_language_model_on_texts(model: str, tmp_path: Path) -> None:
     """Clients whose texts follow different rules; GPT-2 is tied, so both ends stay at the client."""
     if model == "gpt2":
