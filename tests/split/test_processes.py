@@ -38,11 +38,12 @@ class Processes:
         self.running.append(process)
         return process
 
-    def server(self, port: int) -> int:
-        """Start the server and return its port once it listens."""
+    def server(self, port: int, patience: float = SECONDS) -> int:
+        """Start the server and return its port once it listens. Impatient, it passes over clients that start slowly."""
         process = self.start(
-            "server", "server", f"--address=127.0.0.1:{port}", "--clients=3", "--classes=3", "--size=8"
-        )
+            "server", "server", f"--address=127.0.0.1:{port}", "--clients=3", "--classes=3", "--size=8",
+            f"--patience={patience}",
+        )  # fmt: skip
         assert process.stdout is not None
         for line in process.stdout:
             if found := re.search(r"serving 3 clients at 127\.0\.0\.1:(\d+)", line):
@@ -104,7 +105,7 @@ def test_processes_end_with_the_bits_of_the_federated_loop(kill: bool, tiny_root
 def test_killed_client_is_passed_over_and_comes_back(tiny_root: Path, tmp_path: Path) -> None:
     processes, deadline = Processes(tiny_root, tmp_path), time.monotonic() + SECONDS
     try:
-        port = processes.server(0)
+        port = processes.server(0, patience=5.0)
         first = processes.client(0, port)
         wait_for(tmp_path / "client0" / "client.pt", deadline)
         first.send_signal(signal.SIGKILL)
