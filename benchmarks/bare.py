@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
+import pickle
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,5 +77,51 @@ class BareRounds:
                 if self.method == "fedprox":
                     with torch.no_grad():
                         for p, origin in zip(self.model.parameters(), start, strict=True):
-                            p.grad += MU * (p - origin)
+                            assert p.grad is not None
+                            p.grad.add_(p - origin, alpha=MU)
                 optimizer.step()
+
+
+class BareWorkers:
+    """The bare loop in resident processes that each train a part of the cohort: the most that a machine's cores give.
+
+    Args:
+        workload: Which federation.
+        workers: Number of processes.
+    """
+
+    def __init__(self, workload: Workload, workers: int) -> None:
+        context = multiprocessing.get_context("fork")
+        self.pipes: list[Any] = []
+        self.state: dict[str, Any] | None = None
+        for number in range(workers):
+            ours, theirs = context.Pipe()
+            share = workload.per_round // workers + (number < workload.per_round % workers)
+            part = replace(workload, per_round=share)
+            context.Process(target=_serve, args=(BareRounds(part), theirs), daemon=True).start()
+            theirs.close()
+            self.pipes.append(ours)
+
+    def __call__(self) -> None:
+        """Run one round: send the model, train, average what comes back."""
+        for pipe in self.pipes:
+            pipe.send_bytes(pickle.dumps(self.state))
+        parts = [pickle.loads(pipe.recv_bytes()) for pipe in self.pipes]
+        self.state = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
+
+    def close(self) -> None:
+        """End the processes."""
+        for pipe in self.pipes:
+            pipe.close()
+
+
+def _serve(rounds: BareRounds, pipe: Any) -> None:
+    torch.set_num_threads(1)
+    while True:
+        try:
+            state = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        rounds.state = {name: torch.from_numpy(array) for name, array in state.items()} if state else rounds.state
+        rounds()
+        pipe.send_bytes(pickle.dumps({name: tensor.numpy() for name, tensor in rounds.state.items()}))

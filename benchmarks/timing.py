@@ -16,13 +16,19 @@ import torch
 Contender = Callable[[], None]
 
 
-def interleaved(contenders: Mapping[str, Contender], repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
+def interleaved(
+    contenders: Mapping[str, Contender],
+    repeats: int,
+    warm_up: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Time several functions in turn, so that what disturbs one disturbs all.
 
     Args:
         contenders: What to time, by name.
         repeats: How often each, at least 1.
         warm_up: Untimed calls of each before.
+        clock: Tells the time.
 
     Returns:
         Seconds of every call, by name. The garbage of one contender is collected before the next begins.
@@ -34,9 +40,9 @@ def interleaved(contenders: Mapping[str, Contender], repeats: int, warm_up: int 
     for _ in range(repeats):
         for name, contender in contenders.items():
             gc.collect()
-            start = time.perf_counter()
+            start = clock()
             contender()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 

@@ -10,7 +10,7 @@ import statistics
 
 import torch
 
-from benchmarks.bare import BareRounds
+from benchmarks.bare import BareRounds, BareWorkers
 from benchmarks.timing import circumstances, interleaved, ratio, spread
 from benchmarks.workloads import W1, W2, Rounds, Workload
 from fl_lightning.executors import ProcessExecutor
@@ -25,12 +25,14 @@ PEERS = {
 
 
 def measure(workload: Workload, workers: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds per round of the bare loop, and of lean fits in worker processes."""
+    """Seconds per round of the bare loop, of the bare loop in as many processes, and of lean fits in workers."""
     rounds = Rounds(workload, ProcessExecutor(workers), "fedavg", "lean")
+    several = BareWorkers(workload, workers)
     try:
-        return interleaved({"bare": BareRounds(workload), "workers": rounds}, repeats)
+        return interleaved({"bare": BareRounds(workload), "bare workers": several, "workers": rounds}, repeats)
     finally:
         rounds.close()
+        several.close()
 
 
 def main() -> None:
@@ -45,8 +47,8 @@ def main() -> None:
     for workload in (W1, W2):
         seconds = measure(workload, arguments.workers, arguments.repeats)
         bare = statistics.median(seconds["bare"])
-        result = f"workers {ratio(seconds, 'workers'):.3f} ({spread(seconds, 'workers')})"
-        print(f"{workload.name} fedavg   bare {bare:.3f} s a round   {result}", flush=True)
+        parts = [f"{name} {ratio(seconds, name):.3f} ({spread(seconds, name)})" for name in list(seconds)[1:]]
+        print(f"{workload.name} fedavg   bare {bare:.3f} s a round   {'   '.join(parts)}", flush=True)
     others = ", ".join(f"{name} {one}, {two}" for name, (one, two) in PEERS.items())
     print(f"others, measured earlier (W1, W2): {others}")
 

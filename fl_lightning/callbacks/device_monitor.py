@@ -1,0 +1,52 @@
+"""How busy an accelerator is, round by round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.pytorch import Trainer
+from typing_extensions import override
+
+from fl_lightning.callback import FederatedCallback
+
+if TYPE_CHECKING:
+    from fl_lightning.client import Client
+    from fl_lightning.loop import FederatedLoop
+    from fl_lightning.module import FederatedModule
+
+
+class DeviceMonitor(FederatedCallback):
+    """Logs ``device/utilization`` (percent of the time in which a kernel ran, as the driver last saw it) and
+    ``device/memory_mib`` (most memory that tensors took in the round), at the end of each round.
+
+    It looks at the GPU of this process: with ``executor=processes`` or ``ray`` the workers' GPUs are not seen.
+
+    Raises:
+        ValueError: Before training, if the Trainer uses no CUDA GPU, or the package that asks the driver is missing.
+    """
+
+    @override
+    def check(self, module: FederatedModule, trainer: Trainer) -> None:
+        device = trainer.strategy.root_device
+        if device.type != "cuda":
+            raise ValueError(f"DeviceMonitor watches CUDA GPUs, but training runs on {device.type}; set trainer=gpu")
+        try:
+            torch.cuda.utilization(device)
+        except ModuleNotFoundError as error:
+            raise ValueError("DeviceMonitor needs a package to ask the driver; pip install nvidia-ml-py") from error
+
+    @override
+    def on_round_start(self, loop: FederatedLoop, cohort: Sequence[Client]) -> None:
+        torch.cuda.reset_peak_memory_stats(loop.local.device)
+
+    @override
+    def on_round_end(self, loop: FederatedLoop) -> None:
+        device = loop.local.device
+        loop.log(
+            {
+                "device/utilization": float(torch.cuda.utilization(device)),
+                "device/memory_mib": torch.cuda.max_memory_allocated(device) / 2**20,
+            }
+        )
