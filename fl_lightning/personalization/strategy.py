@@ -122,7 +122,8 @@ def build_strategies(cfg: DictConfig) -> list[Strategy]:
 
 
 def _names(cfg: DictConfig) -> list[str]:
-    return [str(name) for name in dict.fromkeys([*cfg.baselines, *cfg.personalization])]
+    nodes = {**cfg.baselines, **cfg.personalization}
+    return [str(name) for name, node in nodes.items() if node is not None]
 
 
 def _resolved(cfg: DictConfig, values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -138,7 +139,8 @@ def _resolved(cfg: DictConfig, values: Mapping[str, Any]) -> dict[str, dict[str,
     common = {key: config[key] for key in SETTINGS}
     nodes = {}
     for name, own in {**config["baselines"], **config["personalization"]}.items():
-        own = own or {}
+        if own is None:  # switched off
+            continue
         for key in own:
             if key not in (*SETTINGS, *OWN):
                 close = get_close_matches(key, (*SETTINGS, *OWN))

@@ -170,6 +170,11 @@ def test_options_reach_every_strategy(personalized: Run, trained: Path) -> None:
         assert stays == {name for name in before if name.startswith("norm1.")}
 
 
+def test_null_switches_a_strategy_off(personalized: Run) -> None:
+    results, _ = personalized("personalization=[ft,lp]", "baselines.local=null", "personalization.ft=null")
+    assert list(results["methods"]) == ["none", "lp"]
+
+
 def test_best_epoch_and_schedule(personalized: Run) -> None:
     best = "{_target_: fl_lightning.callbacks.best_epoch.BestEpoch, patience: 1}"
     schedule = "{_target_: torch.optim.lr_scheduler.CosineAnnealingLR, _partial_: true, T_max: 4}"

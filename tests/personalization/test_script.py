@@ -19,7 +19,9 @@ def test_one_command_prints_the_table(trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     done = personalize(f"checkpoint={trained}", "personalization=[ft,lp_ft]", f"hydra.run.dir={folder}")
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()[4:8]] == ["none", "local", "ft", "lp_ft"]
+    lines = done.stdout.splitlines()
+    table = next(number for number, line in enumerate(lines) if line.startswith("strategy"))
+    assert [line.split()[0] for line in lines[table + 2 : table + 6]] == ["none", "local", "ft", "lp_ft"]
     assert "global_others: mean of A[i, j], j != i" in done.stdout
     assert set(json.loads((folder / "results.json").read_text())["methods"]) == {"none", "local", "ft", "lp_ft"}
     assert (folder / "matrix" / "lp_ft.csv").is_file()
