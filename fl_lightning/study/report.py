@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 BESIDE = {
     "avg2": 100,
     "worst_local": 100,
-    "share_hurt": 1,
-    "ece": 1,
+    "share_hurt": 100,
+    "ece": 100,
     "feature_distortion": 1,
     "head_norm": 1,
     "train_loss": 1,
@@ -74,8 +74,9 @@ def report(runs: Sequence[Run], study: Mapping[str, Any], folder: Path) -> dict[
     values = {name: values_of(members) for name, members in variants.items()}
     parts, results = [], {}
     for name, by_strategy in values.items():
-        seeds = ", ".join(str(run.seed) for run in variants[name])
-        title = f"{name + ': ' if name else ''}seeds {seeds}; percent, mean ± standard deviation over seeds"
+        seeds = [str(run.seed) for run in variants[name]]
+        over = "mean ± standard deviation over seeds" if len(seeds) > 1 else "one run, seed"
+        title = f"{name + ': ' if name else ''}{over} {', '.join(seeds)}; accuracies, share_hurt and ece in percent"
         rows = paper_rows(by_strategy, study["metrics"], study["paper"] or {})
         others = other_rows(by_strategy)
         lines = order_lines(by_strategy, study["metrics"], study["order"])
@@ -94,7 +95,7 @@ def report(runs: Sequence[Run], study: Mapping[str, Any], folder: Path) -> dict[
     def text(table: Any) -> str:
         blocks = []
         for title, rows, others, lines in parts:
-            blocks += [title, table(rows, digits=2), table(others, digits=3), "\n".join(lines)]
+            blocks += [title, table(rows, digits=2), table(others, digits=2), "\n".join(f"- {line}" for line in lines)]
         return "\n\n".join(block.rstrip("\n") for block in blocks if block) + f"\n\n{foot}"
 
     folder.mkdir(parents=True, exist_ok=True)
