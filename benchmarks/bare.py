@@ -56,7 +56,7 @@ class BareRounds:
 
     def train(self, x: Tensor, y: Tensor) -> None:
         """Train on one client."""
-        start = [p.detach().clone() for p in self.model.parameters()]
+        start = [p.detach().clone() for p in self.model.parameters()] if self.method == "fedprox" else []
         optimizer = torch.optim.SGD(self.model.parameters(), lr=LR, momentum=MOMENTUM)
         if self.method == "lp_ft":
             self.backbone.requires_grad_(False)
