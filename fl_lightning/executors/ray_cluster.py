@@ -147,7 +147,6 @@ class RayExecutor(Executor):
         self._starting[actor.ready.remote()] = actor
 
     def _begin(self, job: Job) -> None:
-        job.attempts += 1
         if not self._sent.is_still(job.broadcast.state):
             self._state = self.ray.put(pack(job.broadcast.state))
         actor = self._free.pop()
@@ -174,11 +173,12 @@ class RayExecutor(Executor):
             result = fit_or_error(*unpack(self.ray.get(reference)))
         except lost as error:
             self._start_actor()
-            if job.attempts < ATTEMPTS:
+            job.deaths += 1
+            if job.deaths < ATTEMPTS:
                 log.warning("the actor of client %s is lost; its fit runs again", job.client.name)
                 again.append(job)
             else:
-                message = f"its actor was lost {job.attempts} times, at last: {error}"
+                message = f"its actor was lost {job.deaths} times, at last: {error}"
                 job.outcome = Outcome(job.client, error=RuntimeError(message))
             return
         self._free.append(actor)

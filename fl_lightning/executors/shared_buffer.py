@@ -1,10 +1,11 @@
-"""Memory that two processes see, for tensors that travel between them."""
+"""Memory that two processes see, for values with tensors in them that travel between them."""
 
 from __future__ import annotations
 
 import math
 import mmap
 import os
+import pickle
 import tempfile
 from collections.abc import Sequence
 from multiprocessing.reduction import DupFd
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fl_lightning.executors.tensor_pickle import dumps, loads
 
 #: Where tensors begin: a multiple of this many bytes, as vector instructions like it.
 ALIGNMENT = 64
@@ -30,8 +33,15 @@ class Slot(NamedTuple):
         return self.offset + math.prod(self.shape) * self.dtype.itemsize
 
 
+class Letter(NamedTuple):
+    """Where a value's description lies in a buffer: all that has to be said through a pipe."""
+
+    offset: int
+    length: int
+
+
 class SharedBuffer:
-    """A piece of memory that one process writes tensors to and another reads them from. It grows as needed.
+    """A piece of memory that one process writes a value to and another reads it from. It grows as needed.
 
     The memory belongs to a file without a name, so nothing is left behind however the processes end, and the size of
     ``/dev/shm``, which containers keep small, does not matter. A forked process inherits the buffer, a spawned one gets
@@ -42,36 +52,42 @@ class SharedBuffer:
         self._file = _nameless_file()
         self._map: mmap.mmap | None = None
 
-    def write(self, tensors: Sequence[Tensor]) -> list[Slot]:
-        """Copy tensors in, over whatever was there.
+    def write(self, value: Any) -> Letter:
+        """Copy a value in, over whatever was there.
 
         Args:
-            tensors: On the CPU; a transposed or channels-last one is written in the order of its indices.
+            value: Anything that can be pickled. Tensors on the CPU are copied as they are; a transposed or
+                channels-last one is written in the order of its indices.
 
         Returns:
-            Where each of them lies: what :meth:`read` needs.
+            What :meth:`read` needs.
         """
+        data, tensors = dumps(value)
         slots = []
         end = 0
         for tensor in tensors:
             slots.append(Slot(tensor.dtype, tuple(tensor.shape), -(-end // ALIGNMENT) * ALIGNMENT))
             end = slots[-1].end
-        if self._map is None or len(self._map) < end:
-            os.ftruncate(self._file, end + end // 2 + mmap.PAGESIZE)
+        description = pickle.dumps((data, slots))
+        size = end + len(description)
+        if self._map is None or len(self._map) < size:
+            os.ftruncate(self._file, size + size // 2 + mmap.PAGESIZE)
             self._remap()
+        assert self._map is not None
         for tensor, slot in zip(tensors, slots, strict=True):
             if tensor.numel():
                 self._view(slot).copy_(tensor)
-        return slots
+        self._map[end:size] = description
+        return Letter(end, len(description))
 
-    def read(self, slots: Sequence[Slot]) -> list[Tensor]:
-        """Copy tensors out."""
-        if slots and (self._map is None or len(self._map) < max(slot.end for slot in slots)):
+    def read(self, letter: Letter) -> Any:
+        """Copy the value out."""
+        end = letter.offset + letter.length
+        if self._map is None or len(self._map) < end:
             self._remap()
-        return [
-            self._view(slot).clone() if math.prod(slot.shape) else torch.empty(slot.shape, dtype=slot.dtype)
-            for slot in slots
-        ]
+        assert self._map is not None
+        data, slots = pickle.loads(self._map[letter.offset : end])
+        return loads(data, self._tensors(slots))
 
     def close(self) -> None:
         """Give this process's hold on the memory back."""
@@ -79,6 +95,12 @@ class SharedBuffer:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+    def _tensors(self, slots: Sequence[Slot]) -> list[Tensor]:
+        return [
+            self._view(slot).clone() if math.prod(slot.shape) else torch.empty(slot.shape, dtype=slot.dtype)
+            for slot in slots
+        ]
 
     def _view(self, slot: Slot) -> Tensor:
         assert self._map is not None

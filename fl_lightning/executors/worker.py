@@ -9,7 +9,8 @@ import signal
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from itertools import cycle
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from typing import TYPE_CHECKING, Any
@@ -18,13 +19,17 @@ import torch
 
 from fl_lightning.client import Broadcast, Client
 from fl_lightning.data.image_pool import ImagePool
-from fl_lightning.executors.shared_buffer import SharedBuffer, Slot
+from fl_lightning.executors.shared_buffer import SharedBuffer
 from fl_lightning.executors.tensor_pickle import dumps, loads
 from fl_lightning.local import Fit, LocalTraining, silence_lightning
 from fl_lightning.state import State
 
 if TYPE_CHECKING:
     from fl_lightning.data.client_data import ClientData
+
+
+#: Fits that a worker may be given at once: one that runs, and one that it can begin without waiting for anybody.
+LANES = 2
 
 
 class WorkerTracebackError(Exception):
@@ -51,11 +56,22 @@ class SentState:
         )
 
 
-class Worker:
-    """One worker process, seen from the process that gives it work. It runs one fit at a time.
+@dataclass
+class Lane:
+    """The memory through which one fit goes there and back."""
 
-    Tensors travel through shared memory, everything else through a pipe. The shared part of the model is written only
-    if it is not what the worker has already, which within a round it mostly is.
+    state: SharedBuffer = field(default_factory=SharedBuffer)
+    task: SharedBuffer = field(default_factory=SharedBuffer)
+    result: SharedBuffer = field(default_factory=SharedBuffer)
+
+
+class Worker:
+    """One worker process, seen from the process that gives it work. It runs one fit at a time, in the order given.
+
+    Everything travels through shared memory; through the pipe goes where it lies. So a message is a few bytes and never
+    waits for the other side to read it. Up to :data:`LANES` fits may be begun before the first result is taken, each
+    with buffers of its own. The shared part of the model is written only if it is not what the worker has already,
+    which within a round it mostly is.
 
     Args:
         context: How processes are started.
@@ -76,7 +92,8 @@ class Worker:
         environment: Mapping[str, str],
         siblings: Sequence[Worker] = (),
     ) -> None:
-        self._buffers = {name: SharedBuffer() for name in ("state", "task", "result")}
+        self._lanes = [Lane() for _ in range(LANES)]
+        self._begun = self._ended = 0
         self.connection, theirs = context.Pipe()
         forked = context.get_start_method() == "fork"
         strangers = [self.connection, *(sibling.connection for sibling in siblings)] if forked else []
@@ -84,7 +101,7 @@ class Worker:
         # train the same ones. Data, in contrast, is meant to be shared.
         own = local if forked else pickle.dumps(local)
         self.process = context.Process(  # type: ignore[attr-defined]
-            target=serve, args=(own, data, theirs, self._buffers, threads, strangers), name="fl_lightning client fits"
+            target=serve, args=(own, data, theirs, self._lanes, threads, strangers), name="fl_lightning client fits"
         )
         with _environment(environment), _ctrl_c_blocked():
             self.process.start()
@@ -99,25 +116,29 @@ class Worker:
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
     def start(self, client: Client, broadcast: Broadcast) -> None:
-        """Begin a fit; an end of the process shows at :meth:`result`."""
+        """Begin a fit, or put it behind the one that runs; an end of the process shows at :meth:`result`."""
+        lane = self._lanes[self._begun % LANES]
+        self._begun += 1
         state = None
         if not self._sent.is_still(broadcast.state):
-            state = self._write("state", broadcast.state)
-        task = self._write("task", (client.id, client.personal, client.memory, replace(broadcast, state={})))
+            state = lane.state.write(broadcast.state)
+        task = lane.task.write((client.id, client.personal, client.memory, replace(broadcast, state={})))
         with suppress(OSError):  # it has died, as `result` will find
             self.connection.send_bytes(pickle.dumps((state, task)))
 
     def result(self) -> Fit | Exception:
-        """Return what came of the fit; waits for it.
+        """Return what came of the first fit whose result was not taken yet; waits for it.
 
         Raises:
             EOFError: If the process ended before that.
         """
         try:
-            ok, (data, slots) = pickle.loads(self.connection.recv_bytes())
+            letter = pickle.loads(self.connection.recv_bytes())
         except OSError as gone:
             raise EOFError from gone
-        return fit_or_error(ok, loads(data, self._buffers["result"].read(slots)))
+        lane = self._lanes[self._ended % LANES]
+        self._ended += 1
+        return fit_or_error(*lane.result.read(letter))
 
     def close(self, kill: bool) -> None:
         """End the process: at once, or as soon as it sees that no more work comes."""
@@ -129,19 +150,16 @@ class Worker:
             self.process.kill()
             self.process.join()
         self.process.close()
-        for buffer in self._buffers.values():
-            buffer.close()
-
-    def _write(self, buffer: str, value: Any) -> tuple[bytes, list[Slot]]:
-        data, tensors = dumps(value)
-        return data, self._buffers[buffer].write(tensors)
+        for lane in self._lanes:
+            for buffer in (lane.state, lane.task, lane.result):
+                buffer.close()
 
 
 def serve(
     local: LocalTraining | bytes,
     data: Mapping[int, ClientData],
     connection: Connection,
-    buffers: Mapping[str, SharedBuffer],
+    lanes: Sequence[Lane],
     threads: int,
     strangers: Sequence[Connection],
 ) -> None:
@@ -160,20 +178,19 @@ def serve(
     # What was inherited stays: not looked at by the garbage collector, its pages stay shared with the parent.
     gc.freeze()
     state: State = {}
-    while True:
+    for lane in cycle(lanes):
         try:
             message = connection.recv_bytes()
         except (EOFError, OSError):
             return
-        shared, (task, slots) = pickle.loads(message)
+        shared, task = pickle.loads(message)
         if shared is not None:
-            state = loads(shared[0], buffers["state"].read(shared[1]))
-        client_id, personal, memory, broadcast = loads(task, buffers["task"].read(slots))
+            state = lane.state.read(shared)
+        client_id, personal, memory, broadcast = lane.task.read(task)
         client = Client(client_id, data[client_id], personal, memory)
-        result = run_fit(local, client, replace(broadcast, state=dict(state)))
-        result_bytes, tensors = dumps(result[1])
+        result = lane.result.write(run_fit(local, client, replace(broadcast, state=dict(state))))
         try:
-            connection.send_bytes(pickle.dumps((result[0], (result_bytes, buffers["result"].write(tensors)))))
+            connection.send_bytes(pickle.dumps(result))
         except OSError:
             return
 

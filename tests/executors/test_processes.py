@@ -14,7 +14,7 @@ import torch
 
 from fl_lightning.callback import FederatedCallback
 from fl_lightning.client import Broadcast
-from fl_lightning.executors import ProcessExecutor
+from fl_lightning.executors import ProcessExecutor, processes
 from fl_lightning.executors.processes import ATTEMPTS, usable_cores
 from fl_lightning.run_folder import RunFolder
 from fl_lightning.training import stop_after_round
@@ -22,15 +22,18 @@ from tests.federations import Federation, add_recorder, assert_same, federation,
 
 
 class Saboteur(FederatedCallback):
-    """Does something at one client's start: once (a file remembers that it is done) or always."""
+    """Does something at one client's start from a round on: once (a file remembers that it is done) or always."""
 
-    def __init__(self, what: str, client: int, done: Path | None = None) -> None:
+    def __init__(self, what: str, client: int, done: Path | None = None, first_round: int = 0) -> None:
         self.what = what
         self.client = client
         self.done = done
+        self.first_round = first_round
 
     def on_client_start(self, client: Any, module: Any, broadcast: Broadcast) -> None:
         if client.id != self.client or (self.done is not None and self.done.exists()):
+            return
+        if broadcast.round < self.first_round:
             return
         if self.done is not None:
             self.done.touch()
@@ -116,13 +119,15 @@ def test_memory_and_extra_travel_with_the_client(tiny_root: Path, tmp_path: Path
     assert os.getpid() not in {int(client.memory["process"]) for client in run.loop.clients}
 
 
+@pytest.mark.parametrize(("workers", "first_round"), [(2, 0), (1, 1)], ids=["at once", "with a fit behind it"])
 def test_killed_worker_is_replaced_and_its_client_run_again(
-    tiny_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    workers: int, first_round: int, tiny_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any
 ) -> None:
+    monkeypatch.setattr(processes, "SHORT_FIT", 60.0)  # from the second fit on each worker is given two at a time
     whole = federation(tiny_root, tmp_path / "whole")
     whole.fit()
-    run = federation(tiny_root, tmp_path / "killed", "executor=processes", "executor.workers=2")
-    with_callback(run, Saboteur("kill", 1, done=tmp_path / "done")).fit()
+    run = federation(tiny_root, tmp_path / "killed", "executor=processes", f"executor.workers={workers}")
+    with_callback(run, Saboteur("kill", 1, done=tmp_path / "done", first_round=first_round)).fit()
     assert "died (killed by SIGKILL); its fit runs again" in caplog.text
     left = outcome(run)
     left["callbacks"].pop("planted")
