@@ -75,6 +75,7 @@ class Rounds:
         method: One of :data:`METHODS`.
         engine: As in :class:`~fl_lightning.local.LocalTraining`.
         device: ``cpu`` or ``cuda``.
+        channels_last: As in :class:`~fl_lightning.local.LocalTraining`.
         trainer: More arguments of the Trainer.
     """
 
@@ -85,6 +86,7 @@ class Rounds:
         method: str = "fedavg",
         engine: Any = "auto",
         device: str = "cpu",
+        channels_last: bool = False,
         **trainer: Any,
     ) -> None:
         options = BatchOptions(batch_size=workload.batch_size)
@@ -108,7 +110,7 @@ class Rounds:
             seed=0,
             cohort=Cohort(number=workload.per_round),
             sharing=Sharing(),
-            local=LocalTraining(make, engine=engine),
+            local=LocalTraining(make, engine=engine, channels_last=channels_last),
             aggregator=Aggregator(),
             executor=executor,
             callbacks=_callbacks(method, workload),

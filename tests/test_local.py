@@ -13,7 +13,7 @@ from tests.federations import federation
 
 def test_channels_last_changes_only_the_last_bits(tiny_root: Path, tmp_path: Path) -> None:
     runs = []
-    for overrides in ([], ["+local.channels_last=true"]):
+    for overrides in ([], ["local.channels_last=true"]):
         run = federation(tiny_root, tmp_path / str(len(overrides)), *overrides)
         run.fit()
         runs.append(run)
