@@ -36,12 +36,15 @@ class Turns:
     def may_begin(self, client: int, round: int) -> int | None:
         """Return the round that a client may train now, or None if it has to wait.
 
-        A client that was away goes on with the running round; what it missed is missed.
+        A client that was away goes on with the running round; what it missed is missed. One whose turn it is and who
+        is ready for a later round has trained this one: it was killed before it could say so.
 
         Args:
             client: Its number.
             round: The round it is ready for.
         """
+        if client == self.client and round > self.round:
+            self._pass_on()
         while (self.round, self.client) < (round, client) and self.clock() - self._heard > self.patience:
             log.warning("round %d: client %d is not heard of and is passed over", self.round, self.client)
             self.missed.append((self.round, self.client))

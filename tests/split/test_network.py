@@ -352,6 +352,17 @@ def test_turns_pass_over_who_is_not_heard_of() -> None:
     assert (turns.round, turns.client) == (1, 1)
 
 
+def test_client_killed_before_it_could_say_that_it_has_finished_holds_up_nobody() -> None:
+    """It comes back ready for the next round, and its questions must not keep its old turn alive."""
+    turns = Turns(2, patience=10, clock=lambda: 0.0)
+    assert turns.may_begin(0, 0) == 0
+    assert turns.may_begin(0, 1) is None
+    assert turns.may_begin(1, 0) == 0
+    turns.ended(1, 0)
+    assert turns.may_begin(0, 1) == 1
+    assert turns.missed == []
+
+
 def test_foreign_checkpoints_are_refused_by_name(wire: Wire, tmp_path: Path) -> None:
     wire.service.save()
     body = make_body(make_module("vit"))
