@@ -68,6 +68,16 @@ def move(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     return found
 
 
+def with_prefix(prefix: str, state: Mapping[str, Tensor]) -> State:
+    """Return the same tensors under longer names, so that several parties may put theirs into one message."""
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def without_prefix(prefix: str, state: Mapping[str, Tensor]) -> State:
+    """Return what :func:`with_prefix` put in, and nothing else, under its own names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
 def load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy tensors into a module in place; parameters keep their identity, so optimizers and references stay valid.
 

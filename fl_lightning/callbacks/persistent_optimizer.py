@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from fl_lightning.callback import FederatedCallback
 from fl_lightning.optimizer_state import pack, unpack
+from fl_lightning.state import with_prefix, without_prefix
 
 if TYPE_CHECKING:
     from fl_lightning.client import Broadcast, Client
@@ -31,14 +32,12 @@ class PersistentOptimizer(FederatedCallback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        memory = self._client.memory
-        packed = {name[len(PREFIX) :]: tensor for name, tensor in memory.items() if name.startswith(PREFIX)}
-        unpack(trainer.optimizers[0], packed, _names(pl_module))
+        unpack(trainer.optimizers[0], without_prefix(PREFIX, self._client.memory), _names(pl_module))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         packed = pack(trainer.optimizers[0], _names(pl_module))
-        self._client.memory.update({PREFIX + name: tensor for name, tensor in packed.items()})
+        self._client.memory.update(with_prefix(PREFIX, packed))
 
 
 def _names(module: LightningModule) -> dict[Tensor, str]:

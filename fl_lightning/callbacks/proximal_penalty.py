@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -43,20 +44,31 @@ class ProximalPenalty(FederatedCallback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if not self.mu:
             return
-        parameters: list[Tensor] = []
-        starts: list[Tensor] = []
-        gradients: list[Tensor] = []
-        for name, parameter in pl_module.named_parameters():
-            if parameter.grad is not None:
-                parameters.append(parameter)
-                starts.append(self._start[name])
-                gradients.append(parameter.grad)
-        with torch.no_grad():
-            torch._foreach_add_(gradients, torch._foreach_sub(parameters, starts), alpha=self.mu)
+        add_pull(pl_module.named_parameters(), self._start, self.mu)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start = {}
+
+
+def add_pull(named_parameters: Iterable[tuple[str, Tensor]], anchors: Mapping[str, Tensor], weight: float) -> None:
+    r"""Add the gradient of :math:`\frac{\mu}{2}\lVert w - a \rVert^2` to the gradients of some parameters.
+
+    Args:
+        named_parameters: The parameters w. One without a gradient takes no part in a step, and stays out.
+        anchors: The tensors a, by the same names.
+        weight: :math:`\mu`.
+    """
+    parameters: list[Tensor] = []
+    targets: list[Tensor] = []
+    gradients: list[Tensor] = []
+    for name, parameter in named_parameters:
+        if parameter.grad is not None:
+            parameters.append(parameter)
+            targets.append(anchors[name])
+            gradients.append(parameter.grad)
+    with torch.no_grad():
+        torch._foreach_add_(gradients, torch._foreach_sub(parameters, targets), alpha=weight)
 
 
 def refuse_scaled_gradients(callback: Any, trainer: Trainer) -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from fl_lightning.callbacks.proximal_penalty import refuse_scaled_gradients
+from fl_lightning.callbacks.proximal_penalty import add_pull, refuse_scaled_gradients
 from fl_lightning.methods.two_models import TwoModels
 from fl_lightning.models.model import Model
 from fl_lightning.module import Batch, with_value_of
@@ -65,12 +65,8 @@ class Ditto(TwoModels):
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        if not self.lam:
-            return
-        with torch.no_grad():
-            for name, v in self.personal.named_parameters():
-                if v.grad is not None:
-                    v.grad.add_(v - self._received[name], alpha=self.lam)
+        if self.lam:
+            add_pull(self.personal.named_parameters(), self._received, self.lam)
 
     @override
     def on_train_end(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from fl_lightning.callback import FederatedCallback
-from fl_lightning.state import State, match, snapshot, weighted_mean
+from fl_lightning.state import State, match, snapshot, weighted_mean, with_prefix, without_prefix
 
 if TYPE_CHECKING:
     from fl_lightning.client import Client, Update
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Average = Literal["uniform", "class_wise", "sample_weighted"]
 Include = Literal["all", "seen"]
 COUNTS = "label_counts"
+PREFIX = "head dictionary|"
 
 
 class HeadDictionary(FederatedCallback):
@@ -54,13 +55,14 @@ class HeadDictionary(FederatedCallback):
     @override
     def on_client_end(self, client: Client, module: FederatedModule, update: Update) -> None:
         own = module.state_dict()
-        update.extra.update(snapshot(own, [name for name in match(own, self.head) if name not in update.state]))
+        entry = snapshot(own, [name for name in match(own, self.head) if name not in update.state])
         if self.average == "class_wise":
-            update.extra[COUNTS] = client.data.label_counts("train")
+            entry[COUNTS] = client.data.label_counts("train")
+        update.extra.update(with_prefix(PREFIX, entry))
 
     @override
     def on_update(self, loop: FederatedLoop, client: Client, update: Update) -> None:
-        self.heads[client.id] = dict(update.extra)
+        self.heads[client.id] = without_prefix(PREFIX, update.extra)
 
     @override
     def on_round_end(self, loop: FederatedLoop) -> None:

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from fl_lightning.callback import FederatedCallback
 from fl_lightning.seeding import derive_seed
-from fl_lightning.state import RunningMean, State, snapshot
+from fl_lightning.state import RunningMean, State, snapshot, with_prefix, without_prefix
 
 if TYPE_CHECKING:
     from fl_lightning.client import Broadcast, Client, Update
@@ -71,7 +71,7 @@ class LooplessAveraging(FederatedCallback):
     def on_broadcast(self, loop: FederatedLoop, client: Client, broadcast: Broadcast) -> None:
         broadcast.train = not self.averages(loop.round)
         if not broadcast.train and loop.round and not self.averages(loop.round - 1):
-            broadcast.extra.update(self.mean)
+            broadcast.extra.update(with_prefix(PREFIX, self.mean))
 
     @override
     def on_client_start(self, client: Client, module: FederatedModule, broadcast: Broadcast) -> None:
@@ -81,20 +81,20 @@ class LooplessAveraging(FederatedCallback):
                 del client.memory[name]
             return
         # A second averaging round in a row needs no message: the mean has not changed.
-        client.memory.update({PREFIX + name: tensor for name, tensor in broadcast.extra.items()})
-        with torch.no_grad():
-            for name, tensor in module.state_dict().items():
-                if PREFIX + name in client.memory and tensor.is_floating_point():
-                    tensor.lerp_(client.memory[PREFIX + name].to(tensor), self.step)
+        client.memory.update(with_prefix(PREFIX, without_prefix(PREFIX, broadcast.extra)))
+        own = module.state_dict()
+        for name, mean in without_prefix(PREFIX, client.memory).items():
+            if mean.is_floating_point():
+                own[name].lerp_(mean.to(own[name]), self.step)
 
     @override
     def on_client_end(self, client: Client, module: FederatedModule, update: Update) -> None:
         if self.averages(self._round + 1) and not self.averages(self._round):
-            update.extra.update(snapshot(module.state_dict()))
+            update.extra.update(with_prefix(PREFIX, snapshot(module.state_dict())))
 
     @override
     def on_update(self, loop: FederatedLoop, client: Client, update: Update) -> None:
-        self._sum.add(update.extra, 1.0)
+        self._sum.add(without_prefix(PREFIX, update.extra), 1.0)
 
     @override
     def on_aggregate_end(self, loop: FederatedLoop) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,22 +12,25 @@ from typing_extensions import override
 
 from fl_lightning.callback import FederatedCallback
 from fl_lightning.callbacks.proximal_penalty import refuse_scaled_gradients
-from fl_lightning.state import State
+from fl_lightning.state import State, with_prefix, without_prefix
 
 if TYPE_CHECKING:
     from fl_lightning.client import Broadcast, Client, Update
     from fl_lightning.loop import FederatedLoop
     from fl_lightning.module import FederatedModule
 
+PREFIX = "control|"
+
 
 class ControlVariates(FederatedCallback):
     r"""Corrects every local gradient by :math:`c - c_i`, so that clients do not drift apart.
 
     Karimireddy et al., SCAFFOLD: Stochastic Controlled Averaging for Federated Learning, ICML 2020,
-    https://arxiv.org/abs/1910.06378, Algorithm 1. A client's new variate is the mean of the gradients along its fit.
-    For plain SGD of a constant rate that *is* the paper's option II, :math:`c_i - c + (x - y_i) / (K \eta)`; unlike
-    the formula it also means something with momentum, schedules or Adam. Up go the model and the change of :math:`c_i`,
-    down the model and :math:`c`: twice the traffic of FedAvg.
+    https://arxiv.org/abs/1910.06378, Algorithm 1. A client's new variate is the mean of the gradients along its fit,
+    for what was frozen meanwhile over the steps in which it trained. For plain SGD of a constant rate that *is* the
+    paper's option II, :math:`c_i - c + (x - y_i) / (K \eta)`; unlike the formula it also means something with momentum,
+    schedules or Adam. Up go the model and the change of :math:`c_i`, down the model and :math:`c`: twice the traffic of
+    FedAvg.
     """
 
     def __init__(self) -> None:
@@ -40,14 +44,15 @@ class ControlVariates(FederatedCallback):
     def on_broadcast(self, loop: FederatedLoop, client: Client, broadcast: Broadcast) -> None:
         if not self.control:
             self.control = {name: torch.zeros_like(loop.local.initial[name]) for name in loop.aggregator.parameters}
-        broadcast.extra.update(self.control)
+        broadcast.extra.update(with_prefix(PREFIX, self.control))
 
     @override
     def on_client_start(self, client: Client, module: FederatedModule, broadcast: Broadcast) -> None:
-        self._server = broadcast.extra
-        self._own = {name: client.memory.get(name, torch.zeros_like(c)) for name, c in self._server.items()}
+        self._server = without_prefix(PREFIX, broadcast.extra)
+        known = without_prefix(PREFIX, client.memory)
+        self._own = {name: known.get(name, torch.zeros_like(c)) for name, c in self._server.items()}
         self._sums: State = {}
-        self._steps = 0
+        self._steps: Counter[str] = Counter()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -61,23 +66,22 @@ class ControlVariates(FederatedCallback):
         named = [(name, p.grad) for name, p in pl_module.named_parameters() if p.grad is not None]
         gradients = [gradient for _, gradient in named]
         with torch.no_grad():
-            if not self._sums:
-                self._sums = {name: torch.zeros_like(gradient) for name, gradient in named}
+            self._sums.update({name: torch.zeros_like(g) for name, g in named if name not in self._sums})
             torch._foreach_add_([self._sums[name] for name, _ in named], gradients)
             torch._foreach_add_(gradients, [self._correction[name] for name, _ in named])
-        self._steps += 1
+        self._steps.update(name for name, _ in named)
 
     @override
     def on_client_end(self, client: Client, module: FederatedModule, update: Update) -> None:
         for name, total in self._sums.items():
-            new = (total / self._steps).to(self._own[name].device)
-            update.extra[name] = new - self._own[name]
-            client.memory[name] = new
+            new = (total / self._steps[name]).to(self._own[name].device)
+            update.extra[PREFIX + name] = new - self._own[name]
+            client.memory[PREFIX + name] = new
         self._sums, self._correction, self._server, self._own = {}, {}, {}, {}
 
     @override
     def on_update(self, loop: FederatedLoop, client: Client, update: Update) -> None:
-        for name, change in update.extra.items():
+        for name, change in without_prefix(PREFIX, update.extra).items():
             share = change / len(loop.clients)
             self._change[name] = self._change[name] + share if name in self._change else share
 

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from fl_lightning.callback import FederatedCallback
-from fl_lightning.callbacks.proximal_penalty import refuse_scaled_gradients
-from fl_lightning.state import State, snapshot
+from fl_lightning.callbacks.proximal_penalty import add_pull, refuse_scaled_gradients
+from fl_lightning.state import State, snapshot, with_prefix, without_prefix
 
 if TYPE_CHECKING:
     from fl_lightning.client import Broadcast, Client, Update
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fl_lightning.module import FederatedModule
 
 Relations = Literal["learned", "mean"]
+PREFIX = "relations|"
 OWN = "own coefficient"
 
 
@@ -28,17 +29,16 @@ class TaskRelations(FederatedCallback):
     client t's parameters have come from the common start.
 
     After Smith, Chiang, Sanjabi, Talwalkar, Federated Multi-Task Learning (MOCHA), NeurIPS 2017,
-    https://arxiv.org/abs/1705.10467. MOCHA solves this for linear models in the dual; the reading built here steps
-    along the primal gradient :math:`\lambda \sum_s \Omega_{ts} d_s`, which any model has, the others' columns as
-    they were last heard. ``learned`` takes :math:`\Sigma = (D^\top D)^{1/2} / \mathrm{tr}` from Zhang, Yeung, A
-    Convex Formulation for Learning Task Relationships in Multi-Task Learning, UAI 2010, and :math:`\Omega = (m
-    \Sigma + \epsilon I)^{-1}`; ``mean`` is :math:`I - 11^\top / m`. Models go up, and one model each comes down:
-    the others' pull.
+    https://arxiv.org/abs/1705.10467. MOCHA solves this for linear models in the dual; our reading steps along the
+    primal gradient :math:`\lambda \sum_s \Omega_{ts} d_s`, which any model has, the others' columns as they were last
+    heard. That is a pull of weight :math:`\lambda \Omega_{tt}` towards the model at which the others would have client
+    t, its anchor: models go up, and one anchor each comes down.
 
     Args:
         lam: Weight of the tie, at least 0. At 0 clients train alone, to the bit.
-        relations: ``learned`` anew after each round, or fixed to ``mean``.
-        epsilon: Ridge of the inverse, above 0.
+        relations: ``learned`` anew after each round (:func:`learned_relations`), or fixed to ``mean``,
+            :math:`I - 11^\top / m`, the distance of all to their mean.
+        epsilon: Ridge of the learned relations, above 0.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -58,68 +58,60 @@ class TaskRelations(FederatedCallback):
 
     @override
     def on_round_start(self, loop: FederatedLoop, cohort: Any) -> None:
-        self._ids = [client.id for client in loop.clients]
+        start = loop.local.initial
+        self._places = {client.id: place for place, client in enumerate(loop.clients)}
+        # In double precision, by the client's place; who was never heard of has not moved.
         self._moved = {
-            client_id: {name: tensor - loop.local.initial[name] for name, tensor in model.items()}
+            self._places[client_id]: {name: tensor.double() - start[name].double() for name, tensor in model.items()}
             for client_id, model in self.models.items()
         }
-        self._omega = self.omega(self._moved)
-
-    def omega(self, moved: dict[int, State]) -> Tensor:
-        """Return the matrix of relations ``(m, m)``, float64; a client not heard of has not moved."""
-        m = len(self._ids)
+        m = len(loop.clients)
         if self.relations == "mean":
-            return torch.eye(m, dtype=torch.float64) - 1 / m
-        gram = torch.zeros(m, m, dtype=torch.float64)
-        heard = [index for index, client_id in enumerate(self._ids) if client_id in moved]
-        for name in next(iter(moved.values()), {}):
-            rows = torch.stack([moved[self._ids[index]][name].flatten().double() for index in heard])
-            gram[torch.tensor(heard)[:, None], torch.tensor(heard)] += rows @ rows.T
-        values, vectors = torch.linalg.eigh(gram)
-        roots = values.clamp(min=0).sqrt()
-        spread = m * roots / roots.sum() if roots.sum() > 0 else torch.ones(m, dtype=torch.float64)
-        return vectors @ torch.diag(1 / (spread + self.epsilon)) @ vectors.T
+            self._omega = torch.eye(m, dtype=torch.float64) - 1 / m
+        else:
+            self._omega = learned_relations(gram(self._moved, m), self.epsilon)
 
     @override
     def on_broadcast(self, loop: FederatedLoop, client: Client, broadcast: Broadcast) -> None:
-        if not self.lam or not self._moved:
+        if not self.lam:
             return
-        row = self._omega[self._ids.index(client.id)]
-        own = row[self._ids.index(client.id)]
-        # The gradient is lam * (own * w + pull): the client need not know where all began.
-        for name in next(iter(self._moved.values())):
-            pull = -own * loop.local.initial[name].double()
-            for client_id, moved in self._moved.items():
-                if client_id != client.id:
-                    pull += row[self._ids.index(client_id)] * moved[name].double()
-            broadcast.extra[name] = pull.to(loop.local.initial[name].dtype)
-        broadcast.extra[OWN] = own.clone()
+        place = self._places[client.id]
+        row = self._omega[place]
+        message: State = {OWN: row[place].clone()}
+        # Before anybody has moved, the anchor is where the client begins.
+        for name in next(iter(self._moved.values()), {}) if row[place] > 0 else ():
+            others = sum(row[other] * moved[name] for other, moved in self._moved.items() if other != place)
+            anchor = loop.local.initial[name] - others / row[place]
+            message[name] = anchor.to(loop.local.initial[name].dtype)
+        broadcast.extra.update(with_prefix(PREFIX, message))
 
     @override
     def on_client_start(self, client: Client, module: FederatedModule, broadcast: Broadcast) -> None:
-        self._pull = {name: tensor for name, tensor in broadcast.extra.items() if name != OWN}
-        self._own = float(broadcast.extra.get(OWN, 0.0))
+        self._anchor = without_prefix(PREFIX, broadcast.extra)
+        self._weight = self.lam * float(self._anchor.pop(OWN, torch.tensor(0.0)))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_scaled_gradients(self, trainer)
-        self._pull = {name: tensor.to(pl_module.device) for name, tensor in self._pull.items()}
+        if self._weight:
+            self._anchor = {
+                name: self._anchor.get(name, p).detach().to(p.device, copy=True)
+                for name, p in pl_module.named_parameters()
+            }
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        with torch.no_grad():
-            for name, w in pl_module.named_parameters():
-                if w.grad is not None and name in self._pull:
-                    w.grad.add_(self._own * w + self._pull[name], alpha=self.lam)
+        if self._weight:
+            add_pull(pl_module.named_parameters(), self._anchor, self._weight)
 
     @override
     def on_client_end(self, client: Client, module: FederatedModule, update: Update) -> None:
-        self._pull = {}
-        update.extra.update(snapshot(dict(module.named_parameters())))
+        self._anchor = {}
+        update.extra.update(with_prefix(PREFIX, snapshot(dict(module.named_parameters()))))
 
     @override
     def on_update(self, loop: FederatedLoop, client: Client, update: Update) -> None:
-        self.models[client.id] = dict(update.extra)
+        self.models[client.id] = without_prefix(PREFIX, update.extra)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -128,3 +120,29 @@ class TaskRelations(FederatedCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.models = dict(state_dict["models"])
+
+
+def gram(columns: dict[int, State], m: int) -> Tensor:
+    """Return the products ``(m, m)`` of all pairs of columns; a column that is not there is 0."""
+    found = torch.zeros(m, m, dtype=torch.float64)
+    places = torch.tensor(list(columns), dtype=torch.long)
+    for name in next(iter(columns.values()), {}):
+        rows = torch.stack([column[name].flatten() for column in columns.values()])
+        found[places[:, None], places] += rows @ rows.T
+    return found
+
+
+def learned_relations(gram: Tensor, epsilon: float) -> Tensor:
+    r"""Return :math:`\Omega = (m \Sigma + \epsilon I)^{-1}` with :math:`\Sigma = (D^\top D)^{1/2} / \mathrm{tr}`.
+
+    Zhang, Yeung, A Convex Formulation for Learning Task Relationships in Multi-Task Learning, UAI 2010; factor and
+    ridge are ours. Where nothing has moved, all are unrelated: :math:`\Sigma = I / m`.
+
+    Args:
+        gram: :math:`D^\top D` ``(m, m)``.
+        epsilon: Above 0.
+    """
+    values, vectors = torch.linalg.eigh(gram)
+    roots = values.clamp(min=0).sqrt()
+    spread = len(gram) * roots / roots.sum() if roots.sum() > 0 else torch.ones_like(roots)
+    return (vectors / (spread + epsilon)) @ vectors.T

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fl_lightning.client import Broadcast, Client, Update
 
 PREFIX = "log_std."
+MEMORY = "factor|"
 Gaussian = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -133,14 +134,14 @@ class ClientFactors(FederatedCallback):
         self._server: Gaussian = {}
         for name, log in random_parts(broadcast.state).items():
             self._server[name] = precision, shift = natural(broadcast.state[name], broadcast.state[log])
-            own = client.memory.get(log, 0 * precision), client.memory.get(name, 0 * shift)
+            own = client.memory.get(MEMORY + log, 0 * precision), client.memory.get(MEMORY + name, 0 * shift)
             module.prior[name] = moments(precision - own[0], shift - own[1], floor=0.01 * precision)
 
     @override
     def on_client_end(self, client: Client, module: FederatedModule, update: Update) -> None:
         for name, log in random_parts(update.state).items():
             q = natural(update.state[name], update.state[log])
-            for key, new, old in zip((log, name), q, self._server[name], strict=True):
+            for key, new, old in zip((MEMORY + log, MEMORY + name), q, self._server[name], strict=True):
                 client.memory[key] = client.memory.get(key, 0 * new) + self.damping * (new - old)
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fl_lightning.callback import FederatedCallback
-from fl_lightning.methods.head_dictionary import COUNTS, HeadDictionary
-from fl_lightning.state import State, snapshot
+from fl_lightning.methods.head_dictionary import COUNTS, PREFIX, HeadDictionary
+from fl_lightning.state import State, snapshot, without_prefix
 from tests.federations import add_recorder, assert_same, federation
 
 SHORT = ["method=fedftha", "method.tau_sync=1", "method.tau_head=1", "trainer.max_epochs=2"]
@@ -86,7 +86,8 @@ def test_the_body_that_is_sent_is_that_after_the_joint_epochs(tiny_root: Path, t
     for joint, both in zip(*sent, strict=True):
         assert any("running_mean" in name for name in joint.state)
         assert_same(joint.state, both.state)
-        assert not torch.equal(joint.extra["head.weight"], both.extra["head.weight"])
+        heads = [without_prefix(PREFIX, update.extra)["head.weight"] for update in (joint, both)]
+        assert not torch.equal(*heads)
 
 
 def test_what_is_not_sampled_stays_to_the_bit(tiny_root: Path, tmp_path: Path) -> None:
@@ -135,6 +136,20 @@ def test_body_goes_down_and_body_and_head_come_up(tiny_root: Path, tmp_path: Pat
     assert run.loop.bytes_up == 2 * 3 * (size["b"] + size["h"])
 
 
+def test_other_plug_ins_may_use_the_same_message(tiny_root: Path, tmp_path: Path) -> None:
+    """SCAFFOLD's variates are named as the head's tensors are; neither may take the other's for its own."""
+    control = "+callbacks.control._target_=fl_lightning.methods.scaffold.ControlVariates"
+    runs = []
+    for method in ("fedft", "fedftha"):
+        run = federation(tiny_root, tmp_path / method, *SHORT, f"method={method}", control, "optimizer.momentum=0")
+        run.fit()
+        runs.append(run)
+    assert_same(runs[0].loop.state, runs[1].loop.state)
+    heads: Any = runs[1].loop.callbacks["heads"]
+    for client in runs[1].clients:
+        assert_same(heads.heads[client.id], client.personal)
+
+
 def test_local_buffers_leave_no_global_model(tiny_root: Path, tmp_path: Path) -> None:
     run = federation(tiny_root, tmp_path, *SHORT, "sharing.buffers=local")
     run.fit()
@@ -142,11 +157,16 @@ def test_local_buffers_leave_no_global_model(tiny_root: Path, tmp_path: Path) ->
 
 
 def test_the_head_may_be_more_than_the_last_layer(tiny_root: Path, tmp_path: Path) -> None:
-    run = federation(tiny_root, tmp_path, *SHORT, "callbacks.heads.head=[backbone.conv2,head]")
+    settings = ["method.head=[backbone.conv2,head]", "method.tau_sync=0", "trainer.max_epochs=1"]
+    run = federation(tiny_root, tmp_path, *SHORT, *settings)
     recorder = add_recorder(run)
     run.fit()
-    assert {"backbone.conv2.weight", "head.weight"} <= recorder.updates[0].extra.keys()
+    assert {"backbone.conv2.weight", "head.weight"} <= without_prefix(PREFIX, recorder.updates[0].extra).keys()
     assert run.loop.global_state() is not None
+    # Without joint epochs the whole head trains, and nothing else.
+    own = run.loop.personal_state(run.clients[0])
+    moved = {name for name, tensor in run.loop.local.initial.items() if not torch.equal(own[name], tensor)}
+    assert moved == {f"{layer}.{part}" for layer in ("backbone.conv2", "head") for part in ("weight", "bias")}
 
 
 def test_new_clients_fit_the_head_of_the_global_model(tiny_root: Path, tmp_path: Path) -> None:

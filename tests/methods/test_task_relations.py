@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fl_lightning.client import Broadcast
-from fl_lightning.methods.task_relations import OWN, TaskRelations
+from fl_lightning.methods.task_relations import OWN, PREFIX, TaskRelations
+from fl_lightning.state import without_prefix
 from tests.federations import federation
 
 
@@ -36,7 +37,8 @@ def test_what_comes_down_is_the_gradient_of_the_penalty(relations: Any) -> None:
     for index, client in enumerate(clients):
         broadcast = Broadcast(1, {})
         penalty.on_broadcast(loop, client, broadcast)  # type: ignore[arg-type]
-        found = [0.5 * (broadcast.extra[OWN] * models[index][name] + broadcast.extra[name]) for name in start]
+        message = without_prefix(PREFIX, broadcast.extra)
+        found = [0.5 * message[OWN] * (models[index][name] - message[name]) for name in start]
         torch.testing.assert_close(torch.cat([part.flatten() for part in found]), moved.grad[:, index])
 
 

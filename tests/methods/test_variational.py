@@ -9,7 +9,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from fl_lightning.client import Update
-from fl_lightning.methods.variational import ProductOfExperts, VariationalModule, kl, natural, random_parts
+from fl_lightning.methods.variational import MEMORY, ProductOfExperts, VariationalModule, kl, natural, random_parts
 from fl_lightning.state import State
 from tests.federations import federation, tiny_model
 
@@ -47,7 +47,7 @@ def test_the_server_is_its_start_times_what_clients_remember_to_have_added(tiny_
     for name, log in random_parts(state).items():
         start, end = natural(initial[name], initial[log]), natural(state[name], state[log])
         for key, one, other in zip((log, name), start, end, strict=True):
-            total = one + sum(client.memory[key] for client in run.clients)
+            total = one + sum(client.memory[MEMORY + key] for client in run.clients)
             torch.testing.assert_close(other, total, atol=1e-4, rtol=1e-4)
     assert not any(name.startswith("log_std.head") for name in state)
 
