@@ -97,13 +97,20 @@ class Batches(ABC, Generic[SourceT]):
 
     def __iter__(self) -> Iterator[Batch]:
         # The body of a generator runs at the first `next`, so an iterator that is made and dropped costs no epoch.
+        yield from self._epoch_batches(*self.begin_epoch())
+
+    def begin_epoch(self) -> tuple[Tensor, torch.Generator | None]:
+        """Begin, and count, an epoch without its batches.
+
+        Returns:
+            Where in the source its examples are, int64 (n,), in their order, of which the first ``sum(self.sizes)`` are
+            used; and what augmentation draws from, None in evaluation.
+        """
         if self._seed is None:
-            yield from self._epoch_batches(self.indices, None)
-            return
+            return self.indices, None
         generator = torch.Generator().manual_seed(derive_seed(self._seed, "epoch", self._epoch))
         self._epoch += 1
-        order = self.indices[torch.randperm(len(self.indices), generator=generator)]
-        yield from self._epoch_batches(order, generator)
+        return self.indices[torch.randperm(len(self.indices), generator=generator)], generator
 
     @abstractmethod
     def _epoch_batches(self, order: Tensor, generator: torch.Generator | None) -> Iterator[Batch]:

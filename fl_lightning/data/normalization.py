@@ -47,5 +47,6 @@ class Normalization:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Normalise uint8 images (N, C, H, W) to float32 of the same shape, on their device."""
-        scale, shift = self._scale.to(images.device), self._shift.to(images.device)
-        return images.float().mul_(scale).add_(shift)
+        if self._scale.device != images.device:  # once, for waiting for a copy would stop an accelerator every batch
+            self._scale, self._shift = self._scale.to(images.device), self._shift.to(images.device)
+        return images.float().mul_(self._scale).add_(self._shift)

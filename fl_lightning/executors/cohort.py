@@ -22,7 +22,9 @@ from fl_lightning.callback import FederatedCallback
 from fl_lightning.callbacks.freeze_schedule import FreezeSchedule
 from fl_lightning.callbacks.proximal_penalty import ProximalPenalty
 from fl_lightning.client import Broadcast, Client
+from fl_lightning.data.batches import Batches
 from fl_lightning.data.client_data import ClientData
+from fl_lightning.data.index_batches import IndexBatches
 from fl_lightning.executors.executor import Executor, Outcome
 from fl_lightning.local import LocalTraining
 from fl_lightning.module import FederatedModule
@@ -133,7 +135,7 @@ class CohortExecutor(Executor):
         """Return all tensors of every client's model after its fit, on the CPU, and its mean training loss."""
         module, device = self.local.module, self.local.device
         names = list(starts[0])
-        stacked = {name: torch.stack([start[name] for start in starts]).to(device) for name in names}
+        stacked = {name: _stack([start[name] for start in starts], device) for name in names}
         total = torch.zeros(len(datas), device=device)
         counts = [0] * len(datas)
         for stretch in self.stretches:
@@ -162,6 +164,7 @@ class CohortExecutor(Executor):
         total = torch.zeros(len(datas), device=next(iter(stacked.values())).device)
         finished: dict[int, State] = {}
         numbers = [0] * len(datas)
+        left = len(datas)
         for number, (x, y, weight, ending) in enumerate(padded_steps(datas, stretch.epochs, total.device), 1):
             gradients, losses = step(parameters, rest, x, y, weight)
             total += losses * (weight.sum(1) > 0)
@@ -170,10 +173,11 @@ class CohortExecutor(Executor):
                 if self.mu:
                     parameter.grad.add_(parameter - origin[name], alpha=self.mu)
             optimizer.step()
-            # What a client has after its own last step is kept; momentum would carry its parameters on.
+            left -= len(ending)
             for index in ending:
                 numbers[index] = number
-                finished[index] = {name: parameter[index].clone() for name, parameter in parameters.items()}
+                if left:  # What a client has after its own last step is kept; momentum would carry its parameters on.
+                    finished[index] = {name: parameter[index].clone() for name, parameter in parameters.items()}
         for index, state in finished.items():
             for name, tensor in state.items():
                 parameters[name][index].copy_(tensor)
@@ -203,7 +207,11 @@ def padded_steps(
         x (K, B, ...), y (K, B), weights (K, B) which are 1 for examples and 0 for what fills up, and which clients this
         is the last step of.
     """
-    streams = [_stream(data, epochs) for data in datas]
+    loaders = [data.train_dataloader() for data in datas]
+    if one_gather_will_do(loaders):
+        yield from _gathered_steps(loaders, epochs, device)
+        return
+    streams = [_stream(loader, epochs) for loader in loaders]
     waiting = [next(stream, None) for stream in streams]
     while any(batch is not None for batch in waiting):
         size = max(len(batch[1]) for batch in waiting if batch is not None)
@@ -221,9 +229,52 @@ def padded_steps(
         waiting = following
 
 
-def _stream(data: ClientData, epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
+def one_gather_will_do(loaders: Sequence[Batches]) -> bool:
+    """Whether the examples of all clients lie in one pool and are made ready in one way: then a step is one index."""
+    first = loaders[0]
+    return all(
+        isinstance(loader, IndexBatches)
+        and not loader.transforms
+        and loader.source is first.source
+        and (loader.normalization.mean, loader.normalization.std) == (first.normalization.mean, first.normalization.std)
+        for loader in loaders
+    )
+
+
+def _gathered_steps(
+    loaders: Sequence[Batches], epochs: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, Tensor, list[int]]]:
+    """As :func:`padded_steps`, but the host says nothing per client and step; what fills up is some other example."""
+    pool, normalization = loaders[0].source, loaders[0].normalization
+    numbers = [epochs * len(loader) for loader in loaders]
+    size = max(max(loader.sizes) for loader in loaders)
+    index = torch.zeros(max(numbers), len(loaders), size, dtype=torch.int64)
+    weights = torch.zeros(index.shape)
+    for place, (loader, number) in enumerate(zip(loaders, numbers, strict=True)):
+        orders = [loader.begin_epoch()[0][: sum(loader.sizes)] for _ in range(epochs)]
+        used = torch.arange(size) < torch.tensor(loader.sizes * epochs)[:, None]
+        weights[:number, place] = used.float()
+        index[:number, place].masked_scatter_(used, torch.cat(orders))
+    index, weights = index.to(pool.device), weights.to(device)
+    for step in range(len(index)):
+        images, labels = pool.gather(index[step].flatten())
+        x = normalization(images.to(device, non_blocking=True))
+        y = labels.to(device, non_blocking=True)
+        ending = [place for place, number in enumerate(numbers) if number == step + 1]
+        yield x.unflatten(0, (len(loaders), size)), y.unflatten(0, (len(loaders), size)), weights[step], ending
+
+
+def _stack(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Stack the tensors of several clients, mostly one and the same, on a device."""
+    first = tensors[0]
+    if all(tensor is first for tensor in tensors):
+        return first.to(device).expand(len(tensors), *first.shape).clone()
+    return torch.stack(list(tensors)).to(device)
+
+
+def _stream(loader: Batches, epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
     for _ in range(epochs):
-        yield from data.train_dataloader()
+        yield from loader
 
 
 def _fill(tensor: Tensor, size: int) -> Tensor:
