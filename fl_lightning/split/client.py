@@ -26,13 +26,15 @@ from fl_lightning.module import FederatedModule
 from fl_lightning.split.alignment import Alignment
 from fl_lightning.split.cut import Cut
 from fl_lightning.split.module import SplitModule
-from fl_lightning.split.peer import fingerprint, make_server, parser, prepare, read_config, require_safety
+from fl_lightning.split.peer import certificates, fingerprint, make_server, parser, prepare, read_config, require_safety
 from fl_lightning.split.remote import Line, NetworkExchange
+from fl_lightning.split.service import differences
+from fl_lightning.split.traffic import Traffic
 from fl_lightning.state import load, snapshot
 from fl_lightning.training import new_module
 
 log = logging.getLogger(__name__)
-FORMAT = "fl_lightning split client 1"
+FORMAT = "fl_lightning split client 2"
 
 
 class RemoteServer(FederatedCallback):
@@ -83,12 +85,20 @@ class RemoteClient:
         self.client, self.line, self.poll = Client(client_id, own), line, poll
         self.checkpoint, self.results = folder / "client.pt", folder / "results.json"
         self.rounds, self.round = config["loop"]["rounds"], 0
+        self.cut: Cut | None = None
         self.fingerprint = fingerprint(config, self.module)
         if self.checkpoint.exists():
             self._restore()
         header, _ = line.call("Join", {"fingerprint": self.fingerprint})
         cut = Cut(*header["cut"])
-        self.exchange = NetworkExchange(line, cut, Alignment(**header["alignment"]), header["ticket"])
+        if self.cut is not None and self.cut != cut:
+            raise ValueError(
+                f"{self.checkpoint} was trained with the cut {self.cut.at}, but the server has chosen {cut.at}; "
+                "start the server from its own folder, or this client in another"
+            )
+        self.cut, self.schedule = cut, header["schedule"]
+        alignment, counted = Alignment(**header["alignment"]), Traffic.of(header["traffic"])
+        self.exchange = NetworkExchange(line, cut, alignment, header["ticket"], counted)
         self.sharing = instantiate(config["sharing"], "sharing")
         self.sharing.cuts = {client_id: cut}
         callbacks = {key: node for key, node in config["callbacks"].items() if key != "server"}
@@ -132,6 +142,7 @@ class RemoteClient:
         results = {
             "client": self.client.id,
             "name": self.client.name,
+            "trained": "over the network, " + ("in turn" if self.schedule == "sequential" else "asynchronously"),
             "rounds": self.round,
             "cut": self.exchange.cut.at,
             "personal": scores,
@@ -149,7 +160,14 @@ class RemoteClient:
             time.sleep(self.poll)
 
     def _save(self) -> None:
-        content = {"format": FORMAT, "fingerprint": self.fingerprint, "client": self.client.id, "round": self.round}
+        cut = self.exchange.cut
+        content = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "client": self.client.id,
+            "cut": (cut.start, cut.at, cut.end),
+            "round": self.round,
+        }
         states = {"personal": self.client.personal, "memory": self.client.memory}
         atomic.save(self.checkpoint, {**content, **{key: snapshot(state) for key, state in states.items()}})
 
@@ -157,8 +175,12 @@ class RemoteClient:
         content = read_tensors(self.checkpoint)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"{self.checkpoint} is not a checkpoint of a split client")
-        if (content["fingerprint"], content["client"]) != (self.fingerprint, self.client.id):
-            raise ValueError(f"{self.checkpoint} belongs to another client or other settings; choose another folder")
+        differing = differences(self.fingerprint, content["fingerprint"])
+        if content["client"] != self.client.id:
+            differing = f"another number, {content['client']}"
+        if differing:
+            raise ValueError(f"{self.checkpoint} belongs to a client with {differing}; choose another folder")
+        self.cut = Cut(*content["cut"])
         self.client.personal, self.client.memory = dict(content["personal"]), dict(content["memory"])
         self.round = content["round"]
         log.info("going on from %s at round %d", self.checkpoint, self.round)
@@ -166,13 +188,8 @@ class RemoteClient:
 
 def credentials(options: argparse.Namespace) -> grpc.ChannelCredentials | None:
     """Return what TLS needs, if a certificate or an authority is given."""
-    if options.authority is None and options.certificate is None:
-        return None
-    return grpc.ssl_channel_credentials(
-        options.authority.read_bytes() if options.authority else None,
-        options.key.read_bytes() if options.key else None,
-        options.certificate.read_bytes() if options.certificate else None,
-    )
+    pems = certificates(options)
+    return grpc.ssl_channel_credentials(*pems) if any(pems) else None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -194,6 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         line.close()
     except (ValueError, TypeError, OSError, LookupError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from the last finished round")
     print(f"client {results['client']} ({results['name']}): test accuracy {results['personal']['accuracy']:.3f}")
 
 

@@ -4,37 +4,16 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from fl_lightning.split.cut import Cut
 from fl_lightning.split.profile import ClientProfile, ModelProfile
+from fl_lightning.split.traffic import Traffic
 
-
-@dataclass(frozen=True)
-class BatchBytes:
-    """Bytes of the four messages of one batch, tensors only.
-
-    Attributes:
-        activation_up: Message 1, at the cut; with alignment also the base's output, where the server's copies start.
-        activation_down: Message 2, at the end of the body; with alignment at the client also the server's top.
-        gradient_up: Message 3.
-        gradient_down: Message 4.
-    """
-
-    activation_up: int
-    activation_down: int
-    gradient_up: int
-    gradient_down: int
-
-    @property
-    def up(self) -> int:
-        """Bytes from the client to the server."""
-        return self.activation_up + self.gradient_up
-
-    @property
-    def down(self) -> int:
-        """Bytes from the server to the client."""
-        return self.activation_down + self.gradient_down
+Reach = Literal["front", "body", "tail"]
+"""How far back a batch's gradient goes: into the client's front, no further than the body since the front is frozen, or
+no further than the tail since the body is frozen too."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +40,9 @@ class BatchSeconds:
         return self.front + self.body_forward + self.tail + self.body_backward + self.front_backward
 
 
-def batch_bytes(cut: Cut, model: ModelProfile, batch_size: int, align_at: str | None) -> BatchBytes:
+def batch_bytes(
+    cut: Cut, model: ModelProfile, batch_size: int, align_at: str | None, reach: Reach = "front"
+) -> Traffic:
     """Return what one batch sends: twice the activations at the cut and at the end, and what alignment adds.
 
     Args:
@@ -69,15 +50,16 @@ def batch_bytes(cut: Cut, model: ModelProfile, batch_size: int, align_at: str | 
         model: What the blocks put out, in float32.
         batch_size: Examples in the batch.
         align_at: ``"server"``, ``"client"``, or ``None`` without alignment.
+        reach: How far back the gradient goes; where it stops it is not sent.
     """
     at, end = batch_size * model.out_bytes(cut.at), batch_size * model.out_bytes(cut.end)
     aligned = align_at is not None and cut.at > cut.start
     base = batch_size * model.out_bytes(cut.start)
-    return BatchBytes(
+    return Traffic(
         activation_up=at + (base if aligned else 0),
         activation_down=end + (at if aligned and align_at == "client" else 0),
-        gradient_up=end,
-        gradient_down=at,
+        gradient_up=0 if reach == "tail" else end,
+        gradient_down=at if reach == "front" else 0,
     )
 
 
@@ -97,16 +79,19 @@ class LatencyModel:
     server_flops_per_second: float = float("inf")
     align_at: str | None = None
 
-    def batch(self, cut: Cut, client: ClientProfile, batch_size: int | None = None) -> BatchSeconds:
+    def batch(
+        self, cut: Cut, client: ClientProfile, batch_size: int | None = None, reach: Reach = "front"
+    ) -> BatchSeconds:
         """Return the seconds of one batch of one client that has the server to itself.
 
         Args:
             cut: The client's cut.
             client: Its device and link.
             batch_size: Examples, if not a full batch.
+            reach: How far back the gradient goes.
         """
         size = self.batch_size if batch_size is None else batch_size
-        model, sent = self.model, batch_bytes(cut, self.model, size, self.align_at)
+        model, sent = self.model, batch_bytes(cut, self.model, size, self.align_at, reach)
         front = size * model.flops(0, cut.at) / client.flops_per_second
         tail = size * (model.flops(cut.end, len(model.blocks)) + model.head.flops) / client.flops_per_second
         body = size * model.flops(cut.at, cut.end) / self.server_flops_per_second
@@ -115,9 +100,21 @@ class LatencyModel:
             front=front + sent.activation_up / client.up,
             body_forward=body + copies,
             tail=sent.activation_down / client.down + 3 * tail + sent.gradient_up / client.up,
-            body_backward=2 * body,
-            front_backward=sent.gradient_down / client.down + 2 * front,
+            body_backward=0.0 if reach == "tail" else 2 * body,
+            front_backward=sent.gradient_down / client.down + (2 * front if reach == "front" else 0.0),
         )
+
+
+def with_weights(batches: Sequence[BatchSeconds], down: float, up: float) -> list[BatchSeconds]:
+    """Return a fit's batches where the client's own weights come down before the first and go up after the last.
+
+    Args:
+        batches: At least one.
+        down: Seconds of the way down.
+        up: Seconds of the way up.
+    """
+    begun = [replace(batches[0], front=batches[0].front + down), *batches[1:]]
+    return [*begun[:-1], replace(begun[-1], front_backward=begun[-1].front_backward + up)]
 
 
 def sequential_seconds(clients: Sequence[Sequence[BatchSeconds]]) -> float:

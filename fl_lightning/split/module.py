@@ -15,6 +15,7 @@ from fl_lightning.module import Batch, FederatedModule
 from fl_lightning.split.blocks import chain, run
 from fl_lightning.split.cut import Cut, Parts, parts
 from fl_lightning.split.exchange import Exchange
+from fl_lightning.split.latency import Reach
 
 CLIENT_PARTS = ("base", "top", "tail", "head")
 
@@ -35,7 +36,8 @@ class SplitModule(FederatedModule):
         end: First block of the client's tail; 0 or less counts from the last: at 0 the tail is the head alone.
         blocks: Module paths of the backbone's blocks, where they are not known by themselves; see `chain`.
         lr_factors: What the learning rate is multiplied by, for ``base``, ``top``, ``tail`` and ``head``; 1 where not
-            given. At 0 a part is frozen, buffers included.
+            given. At 0 a part is frozen, buffers included. Of the rounds: a stage after them trains what its own
+            callbacks say.
     """
 
     def __init__(
@@ -73,7 +75,19 @@ class SplitModule(FederatedModule):
 
     def frozen(self, held: Parts) -> list[str]:
         """Return the names of a client's tensors that are not trained, for its parts."""
-        return [name for part in CLIENT_PARTS if self.lr_factors.get(part) == 0 for name in getattr(held, part)]
+        return [name for part in CLIENT_PARTS if self._lr_factor(part) == 0 for name in getattr(held, part)]
+
+    def reach(self, cut: Cut, body_frozen: bool = False) -> Reach:
+        """Return how far back a batch's gradient goes for a client's cut: to where something is trained."""
+        held = self.parts(cut)
+        front = {*held.base, *held.top} - set(self.frozen(held))
+        if any(name in front for name, _ in self.named_parameters(remove_duplicate=False)):
+            return "front"
+        return "tail" if body_frozen else "body"
+
+    def _lr_factor(self, part: str) -> float:
+        # Of the rounds: what a stage after them trains is said by its own callbacks.
+        return 1.0 if self.stage else self.lr_factors.get(part, 1.0)
 
     def example_input(self, in_channels: int, image_size: int) -> Tensor:
         """Return one blank input: an image ``(1, C, H, W)``, or tokens ``(1, T)`` for a language model."""
@@ -134,7 +148,7 @@ class SplitModule(FederatedModule):
         groups: list[Any] = [
             {"params": [named[name] for name in getattr(held, part) if name in named], "lr_factor": factor}
             for part in CLIENT_PARTS
-            if (factor := self.lr_factors.get(part, 1.0)) > 0
+            if (factor := self._lr_factor(part)) > 0
         ]
         optimizer = self.optimizer([group for group in groups if group["params"]])
         for group in optimizer.param_groups:
@@ -149,6 +163,6 @@ class SplitModule(FederatedModule):
         cut, blocks = self.exchange.cut, list(self.blocks.values())
         held = (blocks[: cut.start], blocks[cut.start : cut.at], blocks[cut.end :], [self.head])
         for part, modules in zip(CLIENT_PARTS, held, strict=True):
-            if self.lr_factors.get(part) == 0:
+            if self._lr_factor(part) == 0:
                 for module in modules:
                     module.eval()

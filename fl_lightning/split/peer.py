@@ -16,6 +16,7 @@ from hydra import compose, initialize_config_dir
 
 import fl_lightning.config as config_schema
 from fl_lightning.command_line import CONF
+from fl_lightning.split.messages import MAX_BYTES
 from fl_lightning.split.module import SplitModule
 from fl_lightning.split.sharing import SplitSharing
 from fl_lightning.split.split_server import SplitServer
@@ -29,7 +30,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         "server and clients must be given the same.",
     )
     options.add_argument("--folder", type=Path, required=True, help="where this process keeps its checkpoint")
-    options.add_argument("--max-bytes", type=int, default=256 * 2**20, help="longest message in bytes")
+    options.add_argument("--max-bytes", type=int, default=MAX_BYTES, help="longest message in bytes")
     options.add_argument("--insecure", action="store_true", help="speak in the clear beyond this machine")
     options.add_argument("--certificate", type=Path, help="own certificate, PEM")
     options.add_argument("--key", type=Path, help="key of the own certificate, PEM")
@@ -67,14 +68,36 @@ def make_server(config: dict[str, Any]) -> SplitServer:
     return server
 
 
-def fingerprint(config: dict[str, Any], module: SplitModule) -> str:
-    """Return a hash of what both ends must have in common: the method, the seed, the model's blocks and shapes."""
+def fingerprint(config: dict[str, Any], module: SplitModule) -> dict[str, str]:
+    """Return hashes of what both ends must have in common, by the words that tell a user what differs."""
     shapes = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
-    what = [
-        config["method"], config["seed"], config["model"], config["module"], config["callbacks"]["server"],
-        config["trainer"].get("precision"), list(module.blocks), shapes,
-    ]  # fmt: skip
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+    what = {
+        "method": config["method"],
+        "seed": config["seed"],
+        "precision": config["trainer"].get("precision"),
+        "model": config["model"],
+        "module (where the model is cut, lr_factors)": config["module"],
+        "callbacks.server (cuts, alignment)": config["callbacks"]["server"],
+        "size of inputs or number of classes": [list(module.blocks), shapes],
+    }
+    return {
+        part: hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        for part, value in what.items()
+    }
+
+
+def certificates(options: argparse.Namespace) -> tuple[bytes | None, bytes | None, bytes | None]:
+    """Return the contents of the authority, the own key and the own certificate; None for what is not given.
+
+    Raises:
+        ValueError: If only one of certificate and key is given.
+    """
+    if (options.certificate is None) != (options.key is None):
+        raise ValueError("--certificate and --key belong together")
+    authority, key, certificate = (
+        path.read_bytes() if path else None for path in (options.authority, options.key, options.certificate)
+    )
+    return authority, key, certificate
 
 
 def require_safety(address: str, encrypted: bool, insecure: bool) -> None:

@@ -16,6 +16,7 @@ from fl_lightning.split.alignment import Alignment
 from fl_lightning.split.cut import Cut
 from fl_lightning.split.exchange import Exchange
 from fl_lightning.split.messages import MAX_BYTES, SERVICE, decode, encode
+from fl_lightning.split.traffic import Traffic
 
 log = logging.getLogger(__name__)
 
@@ -127,10 +128,12 @@ class NetworkExchange(Exchange):
         cut: The client's cut.
         alignment: The server's settings.
         ticket: The last batch of this client that has moved the body.
+        traffic: What the server has counted for this client before.
     """
 
-    def __init__(self, line: Line, cut: Cut, alignment: Alignment, ticket: int) -> None:
+    def __init__(self, line: Line, cut: Cut, alignment: Alignment, ticket: int, traffic: Traffic | None = None) -> None:
         super().__init__(cut)
+        self.traffic = traffic or Traffic()
         self.line, self.alignment, self.ticket = line, alignment, ticket
         self.scale = 1.0
         self._anchor = torch.zeros((), requires_grad=True)  # so that messages 3 and 4 follow even from a frozen front
@@ -162,13 +165,22 @@ class NetworkExchange(Exchange):
         _, answer = self.line.call("Forward", {"ticket": self.ticket, "train": True}, tensors, "output copies")
         return answer
 
-    def send_gradient(self, gradient: Tensor, activation: Tensor, base: Tensor | None) -> Tensor:
-        """Exchange messages 3 and 4; after a restart of the server message 1 goes first, once more."""
-        header = {"ticket": self.ticket, "scale": self.scale}
+    def send_gradient(
+        self, gradient: Tensor, activation: Tensor, base: Tensor | None, frozen: bool = False
+    ) -> Tensor | None:
+        """Exchange messages 3 and 4; after a restart of the server message 1 goes first, once more.
+
+        Args:
+            gradient: Of the loss with respect to the body's output.
+            activation: At the cut.
+            base: The base's output, where alignment needs it.
+            frozen: Whether the front is, so that no gradient is wanted back.
+        """
+        header = {"ticket": self.ticket, "scale": self.scale, **({"frozen": True} if frozen else {})}
         for _ in range(3):
             try:
                 _, answer = self.line.call("Backward", header, {"gradient": gradient}, "gradient")
-                return answer["gradient"]
+                return answer.get("gradient")
             except LookupError as error:
                 log.warning("%s", error)
                 self.send_activation(activation, base)
@@ -195,7 +207,7 @@ class _Server(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         exchange, (activation,) = ctx.exchange, ctx.saved_tensors
-        answer = exchange.send_gradient(gradients[0], activation, ctx.base).to(activation.device)
+        answer = exchange.send_gradient(gradients[0], activation, ctx.base, frozen=not ctx.needs_input_grad[0])
         exchange.traffic.add("gradient_up", gradients[0])
         exchange.traffic.add("gradient_down", answer)
-        return answer, None, None, None
+        return None if answer is None else answer.to(activation.device), None, None, None

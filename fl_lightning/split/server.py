@@ -11,11 +11,8 @@ from collections.abc import Sequence
 
 import grpc
 
-from fl_lightning.split.body import ServerBody
-from fl_lightning.split.latency import LatencyModel
 from fl_lightning.split.module import SplitModule
-from fl_lightning.split.peer import fingerprint, make_server, parser, prepare, read_config, require_safety
-from fl_lightning.split.profile import profile_model
+from fl_lightning.split.peer import certificates, fingerprint, make_server, parser, prepare, read_config, require_safety
 from fl_lightning.split.service import SplitService, start
 from fl_lightning.training import new_module
 
@@ -29,23 +26,10 @@ def build(options: argparse.Namespace) -> SplitService:
     module = new_module(config, options.classes, options.channels, options.size)
     assert isinstance(module, SplitModule)
     x = module.example_input(options.channels, options.size)
-    latency = LatencyModel(
-        profile_model(module.blocks, module.head, x),
-        config["data"]["batch_size"],
-        server.server_flops_per_second,
-        server.alignment.place,
-    )
-    cuts = {
-        client: server.policy.choose(
-            client, server.profiles[client % len(server.profiles)], latency, module.start, module.end
-        )
-        for client in range(options.clients)
-    }
-    make_optimizer = server.make_optimizer or module.optimizer
-    body = ServerBody(module.blocks, module, module.start, module.end, make_optimizer, server.alignment, server.clip)
+    latency = server.latency_model(module, x, config["data"]["batch_size"])
     return SplitService(
-        body,
-        cuts,
+        server.new_body(module),
+        dict(enumerate(server.choose_cuts(module, latency, options.clients))),
         fingerprint(config, module),
         options.folder / "server.pt",
         options.save_every,
@@ -58,18 +42,11 @@ def build(options: argparse.Namespace) -> SplitService:
 
 
 def credentials(options: argparse.Namespace) -> grpc.ServerCredentials | None:
-    """Return what TLS needs; with an authority, clients must show a certificate that it signed.
-
-    Raises:
-        ValueError: If only one of certificate and key is given.
-    """
-    if (options.certificate is None) != (options.key is None):
-        raise ValueError("--certificate and --key belong together")
-    if options.certificate is None:
+    """Return what TLS needs; with an authority, clients must show a certificate that it signed."""
+    authority, key, certificate = certificates(options)
+    if key is None or certificate is None:
         return None
-    pair = (options.key.read_bytes(), options.certificate.read_bytes())
-    authority = options.authority.read_bytes() if options.authority else None
-    return grpc.ssl_server_credentials([pair], authority, require_client_auth=authority is not None)
+    return grpc.ssl_server_credentials([(key, certificate)], authority, require_client_auth=authority is not None)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -100,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if len(service.finished) == chosen.clients:
             break
     server.stop(grace=1.0).wait()
+    service.save()  # steps since the last save, where --save-every is above 1
     print(f"served {service.steps} steps, {service.traffic.up} bytes up and {service.traffic.down} down", flush=True)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from fl_lightning.split.turns import Turns
 
 log = logging.getLogger(__name__)
 
-FORMAT = "fl_lightning split server 1"
+FORMAT = "fl_lightning split server 2"
 
 
 class UnknownTicketError(LookupError):
@@ -43,7 +43,7 @@ class UnknownTicketError(LookupError):
 
 @dataclass
 class Seat:
-    """What the server knows of one client: its cut, the last batch that moved the body, and the answer to it.
+    """What the server knows of one client: its cut, its traffic, the last batch that moved the body and its answer.
 
     The answer is kept, so that a client that asks again because it was lost on the way gets the same one, and the body
     is not moved twice.
@@ -52,6 +52,21 @@ class Seat:
     cut: Cut
     ticket: int = 0
     answer: Tensor | None = None
+    traffic: Traffic = field(default_factory=Traffic)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as plain values and tensors."""
+        return {
+            "cut": (self.cut.start, self.cut.at, self.cut.end),
+            "ticket": self.ticket,
+            "answer": self.answer,
+            "traffic": self.traffic.numbers(),
+        }
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Seat:
+        """Make a seat from what `state_dict` gave."""
+        return cls(Cut(*state["cut"]), state["ticket"], state["answer"], Traffic.of(state["traffic"]))
 
 
 class SplitService:
@@ -60,7 +75,7 @@ class SplitService:
     Args:
         body: The server's half of the model.
         cuts: Every client's cut; the clients are 0, 1, ….
-        fingerprint: Tells the model and its settings; a client with another one is refused.
+        fingerprint: Tells the model and its settings, part by part; a client with others is refused.
         checkpoint: File to go on from, if it is there, and to save to; ``None`` saves nothing.
         save_every: Steps of the body between two saves, at least 1. At 1 a killed server loses nothing.
         sequential: Whether clients train in turn; else whoever comes first.
@@ -74,7 +89,7 @@ class SplitService:
         self,
         body: ServerBody,
         cuts: dict[int, Cut],
-        fingerprint: str,
+        fingerprint: Mapping[str, str],
         checkpoint: Path | None = None,
         save_every: int = 1,
         sequential: bool = True,
@@ -87,11 +102,10 @@ class SplitService:
             raise ValueError(f"`save_every` must be at least 1, got {save_every}")
         if precision not in ("32-true", "bf16-mixed"):
             raise ValueError(f"the server computes in 32-true or bf16-mixed, got {precision!r}")
-        self.body, self.fingerprint, self.sequential = body, fingerprint, sequential
+        self.body, self.fingerprint, self.sequential = body, dict(fingerprint), sequential
         self.keep_optimizer, self.precision, self.max_bytes = keep_optimizer, precision, max_bytes
         self.seats = {client: Seat(cut) for client, cut in cuts.items()}
         self.turns = Turns(len(cuts), patience)
-        self.traffic = Traffic()
         self.steps = 0
         self.save_every, self.checkpoint = save_every, checkpoint
         self.finished: set[int] = set()
@@ -105,6 +119,11 @@ class SplitService:
         }
         if checkpoint is not None and checkpoint.exists():
             self._restore(read_tensors(checkpoint), checkpoint)
+
+    @property
+    def traffic(self) -> Traffic:
+        """What all clients sent and were sent so far."""
+        return sum((seat.traffic for seat in self.seats.values()), Traffic())
 
     def answer(self, call: str, request: bytes) -> bytes:
         """Return the answer to a request.
@@ -126,10 +145,8 @@ class SplitService:
             return self._calls[call](client, header, tensors)
 
     def _join(self, client: int, header: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
-        if header.get("fingerprint") != self.fingerprint:
-            raise MessageError(
-                "this client was started with another model, method or seed than the server; give both the same"
-            )
+        if differing := differences(self.fingerprint, header.get("fingerprint")):
+            raise MessageError(f"this client was started with {differing} than the server; give both the same settings")
         self.body.forget(client)
         self.finished.discard(client)
         seat, alignment = self.seats[client], self.body.alignment
@@ -137,6 +154,8 @@ class SplitService:
             {
                 "cut": [seat.cut.start, seat.cut.at, seat.cut.end],
                 "ticket": seat.ticket,
+                "traffic": seat.traffic.numbers(),
+                "schedule": "sequential" if self.sequential else "asynchronous",
                 "alignment": {
                     "weight": alignment.weight,
                     "at": alignment.at,
@@ -169,8 +188,8 @@ class SplitService:
             output, copies = self.body.forward((client, ticket), seat.cut, activation, base, keep)
         answer = {"output": output} if copies is None else {"output": output, "copies": copies}
         if keep:
-            self.traffic.add("activation_up", activation, base)
-            self.traffic.add("activation_down", output, copies)
+            seat.traffic.add("activation_up", activation, base)
+            seat.traffic.add("activation_down", output, copies)
         return encode({"ticket": ticket}, answer)
 
     def _backward(self, client: int, header: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
@@ -178,19 +197,20 @@ class SplitService:
         scale = number(header, "scale", 1.0)
         if "gradient" not in tensors:
             raise MessageError("a backward message must hold a gradient")
+        wanted = not header.get("frozen")
         if ticket == seat.ticket and seat.answer is not None:
-            return encode({"ticket": ticket}, {"gradient": seat.answer})
+            return encode({"ticket": ticket}, {"gradient": seat.answer} if wanted else None)
         if not self.body.waits_for((client, ticket)):
             raise UnknownTicketError(f"no forward pass of client {client} waits under ticket {ticket}; send it again")
         with self._computing("the gradient does not fit the output"):
             seat.answer = self.body.backward((client, ticket), seat.cut, tensors["gradient"], scale)
         seat.ticket = ticket
         self.steps += 1
-        self.traffic.add("gradient_up", tensors["gradient"])
-        self.traffic.add("gradient_down", seat.answer)
+        seat.traffic.add("gradient_up", tensors["gradient"])
+        seat.traffic.add("gradient_down", seat.answer if wanted else None)
         if self.steps % self.save_every == 0:
             self.save()
-        return encode({"ticket": ticket}, {"gradient": seat.answer})
+        return encode({"ticket": ticket}, {"gradient": seat.answer} if wanted else None)
 
     def _end(self, client: int, header: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
         if self.sequential:
@@ -221,16 +241,8 @@ class SplitService:
                 "fingerprint": self.fingerprint,
                 "body": self.body.state(),
                 "optimizer": self.body.optimizer_state(),
-                "seats": {
-                    client: {
-                        "cut": (seat.cut.start, seat.cut.at, seat.cut.end),
-                        "ticket": seat.ticket,
-                        "answer": seat.answer,
-                    }
-                    for client, seat in self.seats.items()
-                },
+                "seats": {client: seat.state_dict() for client, seat in self.seats.items()},
                 "turn": (self.turns.round, self.turns.client),
-                "traffic": self.traffic.numbers(),
                 "steps": self.steps,
                 "finished": sorted(self.finished),
             },
@@ -239,18 +251,22 @@ class SplitService:
     def _restore(self, content: Any, path: Path) -> None:
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"{path} is not a checkpoint of a split server")
-        if content["fingerprint"] != self.fingerprint:
-            raise ValueError(f"{path} belongs to a server with another model, method or seed; choose another folder")
+        if differing := differences(self.fingerprint, content["fingerprint"]):
+            raise ValueError(f"{path} belongs to a server with {differing}; choose another folder")
         if content["seats"].keys() != self.seats.keys():
             raise ValueError(f"{path} belongs to a server of {len(content['seats'])} clients, not {len(self.seats)}")
         self.body.load_state(content["body"])
         self.body.load_optimizer_state(content["optimizer"])
-        for client, kept in content["seats"].items():
-            self.seats[client] = Seat(Cut(*kept["cut"]), kept["ticket"], kept["answer"])
+        self.seats = {client: Seat.of(kept) for client, kept in content["seats"].items()}
         self.turns.round, self.turns.client = content["turn"]
-        self.traffic = Traffic(**{name: int(value) for name, value in content["traffic"].items()})
         self.steps, self.finished = content["steps"], set(content["finished"])
         log.info("going on from %s after %d steps", path, self.steps)
+
+
+def differences(expected: Mapping[str, str], given: Any) -> str:
+    """Return in words in what a fingerprint differs from another; nothing if it does not."""
+    parts = given if isinstance(given, dict) else {}
+    return ", ".join(f"another {part}" for part in expected if expected[part] != parts.get(part))
 
 
 def start(

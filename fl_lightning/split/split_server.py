@@ -17,7 +17,14 @@ from fl_lightning.split.blocks import check
 from fl_lightning.split.body import ServerBody
 from fl_lightning.split.cut import Cut
 from fl_lightning.split.exchange import InProcessExchange
-from fl_lightning.split.latency import BatchSeconds, LatencyModel, asynchronous_seconds, sequential_seconds
+from fl_lightning.split.latency import (
+    BatchSeconds,
+    LatencyModel,
+    Reach,
+    asynchronous_seconds,
+    sequential_seconds,
+    with_weights,
+)
 from fl_lightning.split.module import SplitModule
 from fl_lightning.split.policy import CutPolicy, FixedCuts
 from fl_lightning.split.profile import ClientProfile, profile_model
@@ -113,33 +120,31 @@ class SplitServer(FederatedCallback):
         x = next(iter(loop.clients[0].data.train_dataloader()))[0][:1].to("cpu")
         module.to("cpu")
         check(module.blocks, module.backbone, x)
-        self.latency = LatencyModel(
-            profile_model(module.blocks, module.head, x),
-            loop.clients[0].data.batch_size,
-            self.server_flops_per_second,
-            self.alignment.place,
-        )
-        self._profile_of = {
-            client.id: self.profiles[index % len(self.profiles)] for index, client in enumerate(loop.clients)
-        }
+        ids = [client.id for client in loop.clients]
+        self._profile_of = {client: self.profiles[index % len(self.profiles)] for index, client in enumerate(ids)}
+        self.latency = self.latency_model(module, x, loop.clients[0].data.batch_size)
         if not self.cuts:  # a resumed run goes on with the recorded choice
-            self.cuts = {
-                client.id: self.policy.choose(
-                    index, self._profile_of[client.id], self.latency, module.start, module.end
-                )
-                for index, client in enumerate(loop.clients)
-            }
+            self.cuts = dict(zip(ids, self.choose_cuts(module, self.latency, len(ids)), strict=True))
         sharing.cuts = self.cuts
-        self.body = ServerBody(
-            module.blocks,
-            module,
-            module.start,
-            module.end,
-            self.make_optimizer or module.optimizer,
-            self.alignment,
-            self.clip,
-        )
+        self.body = self.new_body(module)
         self.body.to(loop.local.device)
+
+    def latency_model(self, module: SplitModule, x: Tensor, batch_size: int) -> LatencyModel:
+        """Measure the blocks on one example ``(1, ...)``, and price batches by them."""
+        profile = profile_model(module.blocks, module.head, x)
+        return LatencyModel(profile, batch_size, self.server_flops_per_second, self.alignment.place)
+
+    def choose_cuts(self, module: SplitModule, latency: LatencyModel, num_clients: int) -> list[Cut]:
+        """Return the policy's choice for the first, the second, ... client."""
+        return [
+            self.policy.choose(index, self.profiles[index % len(self.profiles)], latency, module.start, module.end)
+            for index in range(num_clients)
+        ]
+
+    def new_body(self, module: SplitModule) -> ServerBody:
+        """Return the server's half of a model, with the weights that the model has now."""
+        optimizer = self.make_optimizer or module.optimizer
+        return ServerBody(module.blocks, module, module.start, module.end, optimizer, self.alignment, self.clip)
 
     @override
     def on_round_start(self, loop: FederatedLoop, cohort: Sequence[Client]) -> None:
@@ -173,13 +178,11 @@ class SplitServer(FederatedCallback):
     def on_update(self, loop: FederatedLoop, client: Client, update: Update) -> None:
         if self.keep_optimizer:
             self._optimizers[self._optimizer_key] = self.body.optimizer_state()
-        cut, profile, exchange = self.cuts[client.id], self._profile_of[client.id], self._exchange
-        batches = [self.latency.batch(cut, profile, size) for size in exchange.batches]
-        own = {name: tensor for name, tensor in update.state.items() if name not in self.body.names}
-        if own:  # weights of the client's parts, which are averaged: they come down before the fit and go up after it
-            size = num_bytes(own)
-            batches.insert(0, BatchSeconds(size / profile.down, 0.0, 0.0, 0.0, size / profile.up))
-        self._batches.append(batches)
+        module, exchange, profile = loop.module, self._exchange, self._profile_of[client.id]
+        assert isinstance(module, SplitModule)
+        batches = self.price(client, exchange.batches, module.reach(exchange.cut, self.frozen))
+        own = num_bytes(update.state) - num_bytes(self._body_of(update.state))  # of the client's parts: averaged ones
+        self._batches.append(with_weights(batches, own / profile.down, own / profile.up) if batches else [])
         self.traffic += exchange.traffic
         self._round += exchange.traffic
         loop.bytes_up += exchange.traffic.up - num_bytes(self._body_of(update.state))
@@ -190,10 +193,25 @@ class SplitServer(FederatedCallback):
         module = loop.module
         assert isinstance(module, SplitModule)
         module.connect(None)  # a fit that failed has not hung up
-        seconds = (sequential_seconds if self.schedule == "sequential" else asynchronous_seconds)(self._batches)
+        seconds = self.seconds_of(self._batches)
         self.simulated_seconds += seconds
         loop.log({f"{PREFIX}{name}": value for name, value in self._round.numbers().items()})
         loop.log({f"{PREFIX}simulated_seconds_round": seconds, f"{PREFIX}simulated_seconds": self.simulated_seconds})
+
+    def price(self, client: Client, batches: Sequence[int], reach: Reach) -> list[BatchSeconds]:
+        """Return the simulated seconds of batches that a client has sent.
+
+        Args:
+            client: The client.
+            batches: Their sizes.
+            reach: How far back their gradients went.
+        """
+        cut, profile = self.cuts[client.id], self._profile_of[client.id]
+        return [self.latency.batch(cut, profile, size, reach) for size in batches]
+
+    def seconds_of(self, batches: Sequence[Sequence[BatchSeconds]]) -> float:
+        """Return the simulated seconds in which all clients train their batches, by the schedule."""
+        return (sequential_seconds if self.schedule == "sequential" else asynchronous_seconds)(batches)
 
     @override
     def results(self, loop: FederatedLoop) -> dict[str, Any]:
@@ -206,7 +224,8 @@ class SplitServer(FederatedCallback):
                 "end": module.end,
                 "blocks": list(module.blocks),
                 "cuts": {client.name: self.cuts[client.id].at for client in loop.clients},
-                "schedule": self.schedule,
+                "trained": "in one process, one client after another",
+                "simulated_schedule": self.schedule,
                 "bytes": self.traffic.numbers(),
                 "simulated_seconds": self.simulated_seconds,
             }
@@ -224,7 +243,7 @@ class SplitServer(FederatedCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.cuts = {client_id: Cut(*cut) for client_id, cut in state_dict["cuts"].items()}
-        self.traffic = Traffic(**{name: int(value) for name, value in state_dict["traffic"].items()})
+        self.traffic = Traffic.of(state_dict["traffic"])
         self.simulated_seconds = state_dict["simulated_seconds"]
         self._optimizers = {key: dict(packed) for key, packed in state_dict["optimizers"].items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from torch import Tensor
@@ -46,6 +47,11 @@ class Traffic:
         """
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
         setattr(self, message, getattr(self, message) + size)
+
+    @classmethod
+    def of(cls, numbers: Mapping[str, float]) -> Traffic:
+        """Return the counts that `numbers` gave."""
+        return cls(**{name: int(value) for name, value in numbers.items()})
 
     def numbers(self) -> dict[str, float]:
         """Return all counts by name."""

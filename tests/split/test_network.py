@@ -33,6 +33,7 @@ from tests.split.halves import (
 )
 
 CUTS = {0: 2, 1: 3}
+MODEL = {"model": "a", "seed": "a"}
 
 
 class Wire:
@@ -49,7 +50,7 @@ class Wire:
         module = make_module(self.name)
         cuts = {client: module.cut_at(at) for client, at in CUTS.items()}
         body = make_body(module, weight=self.weight, at=self.at)
-        self.service = SplitService(body, cuts, "model", self.checkpoint, **self.settings)
+        self.service = SplitService(body, cuts, MODEL, self.checkpoint, **self.settings)
         answer = self.service.answer
 
         def recording(call: str, request: bytes) -> bytes:
@@ -67,7 +68,7 @@ class Wire:
 
     def join(self, client: int, **settings) -> NetworkExchange:
         line = self.line(client, **settings)
-        header, _ = line.call("Join", {"fingerprint": "model"})
+        header, _ = line.call("Join", {"fingerprint": MODEL})
         return NetworkExchange(line, Cut(*header["cut"]), Alignment(**header["alignment"]), header["ticket"])
 
 
@@ -238,10 +239,14 @@ def test_slow_client_delays_itself_alone(tmp_path: Path) -> None:
         ("Forward", b"", "no message of split training"),
         ("Forward", b"\x80\x04\x95garbage" * 20, "no message of split training"),
         ("Forward", (2**62).to_bytes(8, "little") + b"{}", "no message of split training"),
-        ("Join", encode({"fingerprint": "model"}), "`client` of a message must be a whole number"),
-        ("Join", encode({"client": 7, "fingerprint": "model"}), "no client 7; the clients are 0 to 1"),
-        ("Join", encode({"client": True, "fingerprint": "model"}), "`client` of a message must be"),
-        ("Join", encode({"client": 0, "fingerprint": "other"}), "another model, method or seed"),
+        ("Join", encode({"fingerprint": MODEL}), "`client` of a message must be a whole number"),
+        ("Join", encode({"client": 7, "fingerprint": MODEL}), "no client 7; the clients are 0 to 1"),
+        ("Join", encode({"client": True, "fingerprint": MODEL}), "`client` of a message must be"),
+        (
+            "Join",
+            encode({"client": 0, "fingerprint": {**MODEL, "seed": "b"}}),
+            "started with another seed than the server; give both",
+        ),
         ("Forward", encode({"client": 0, "ticket": 1, "train": True}), "must hold an activation"),
         ("Forward", encode({"client": 0, "ticket": 1, "train": True}, {"labels": torch.zeros(3)}), "got labels"),
         (
@@ -367,13 +372,13 @@ def test_foreign_checkpoints_are_refused_by_name(wire: Wire, tmp_path: Path) -> 
     wire.service.save()
     body = make_body(make_module("vit"))
     cuts = {0: Cut(1, 2, 4)}
-    with pytest.raises(ValueError, match=r"server.pt belongs to a server with another model"):
-        SplitService(body, cuts, "other", wire.checkpoint)
+    with pytest.raises(ValueError, match=r"server.pt belongs to a server with another seed;"):
+        SplitService(body, cuts, {**MODEL, "seed": "b"}, wire.checkpoint)
     with pytest.raises(ValueError, match=r"server.pt belongs to a server of 2 clients, not 1"):
-        SplitService(body, cuts, "model", wire.checkpoint)
+        SplitService(body, cuts, MODEL, wire.checkpoint)
     wire.checkpoint.write_bytes(b"half a file")
     with pytest.raises(ValueError, match=r"server.pt is damaged"):
-        SplitService(body, cuts, "model", wire.checkpoint)
+        SplitService(body, cuts, MODEL, wire.checkpoint)
 
 
 def test_activations_do_not_leave_the_machine_in_the_clear() -> None:
@@ -436,13 +441,13 @@ def test_tls_lets_in_who_is_known(tmp_path: Path) -> None:
     server_certificate, server_key = certificate(tmp_path, "server")
     client_certificate, client_key = certificate(tmp_path, "client")
     module = make_module("vit")
-    service = SplitService(make_body(module), {0: module.cut_at(2)}, "model")
+    service = SplitService(make_body(module), {0: module.cut_at(2)}, MODEL)
     credentials = grpc.ssl_server_credentials([(server_key, server_certificate)], client_certificate, True)
     server, port = start(service, "127.0.0.1:0", credentials)
     address = f"127.0.0.1:{port}"
     try:
         known = grpc.ssl_channel_credentials(server_certificate, client_key, client_certificate)
-        header, _ = Line(address, 0, credentials=known).call("Join", {"fingerprint": "model"})
+        header, _ = Line(address, 0, credentials=known).call("Join", {"fingerprint": MODEL})
         assert header["ticket"] == 0
         stranger = grpc.ssl_channel_credentials(server_certificate)
         for line in (
@@ -450,6 +455,6 @@ def test_tls_lets_in_who_is_known(tmp_path: Path) -> None:
             Line(address, 0, timeout=2, patience=0),
         ):
             with pytest.raises(ConnectionError, match="does not answer Join"):
-                line.call("Join", {"fingerprint": "model"})
+                line.call("Join", {"fingerprint": MODEL})
     finally:
         server.stop(grace=None).wait()
