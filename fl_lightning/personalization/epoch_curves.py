@@ -10,10 +10,14 @@ from fl_lightning.callback import FederatedCallback
 from fl_lightning.client import Broadcast, Client, Update
 from fl_lightning.module import FederatedModule
 from fl_lightning.personalization.measurement import Measurement, Measures
+from fl_lightning.state import State, snapshot
 
 
 class EpochCurves(FederatedCallback):
     """Measures the model after epochs of a fit and sends the numbers with the update.
+
+    The last epoch's are those of the model that comes out, and say so, unless another model was put in its place after
+    it (the best epoch's, or one with the adapters merged).
 
     Args:
         measurement: What measures.
@@ -42,12 +46,16 @@ class EpochCurves(FederatedCallback):
             assert isinstance(pl_module, FederatedModule)
             self._epochs.append(epoch)
             self._rows.append(self.measurement.measure(pl_module, self._client).to_tensor())
+            self._measured = snapshot(pl_module.state_dict())
 
     @override
     def on_client_end(self, client: Client, module: FederatedModule, update: Update) -> None:
-        if self._rows:
-            update.extra["curve epochs"] = torch.tensor(self._epochs)
-            update.extra["curve"] = torch.stack(self._rows)
+        if not self._rows:
+            return
+        update.extra["curve epochs"] = torch.tensor(self._epochs)
+        update.extra["curve"] = torch.stack(self._rows)
+        if same(update.state, self._measured):
+            update.extra["final"] = self._rows[-1]
 
 
 def curve_of(update: Update) -> dict[int, Measures]:
@@ -56,3 +64,13 @@ def curve_of(update: Update) -> dict[int, Measures]:
         return {}
     epochs = update.extra["curve epochs"].tolist()
     return {epoch: Measures.from_tensor(row) for epoch, row in zip(epochs, update.extra["curve"], strict=True)}
+
+
+def final_of(update: Update) -> Measures | None:
+    """Return the measures of the model that came out of a fit, or None if it was not measured there."""
+    return Measures.from_tensor(update.extra["final"]) if "final" in update.extra else None
+
+
+def same(one: State, other: State) -> bool:
+    """Tell whether two models are the same to the bit."""
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())

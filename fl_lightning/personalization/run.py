@@ -17,11 +17,11 @@ from fl_lightning.client import Broadcast, Client
 from fl_lightning.config import instantiate, plain
 from fl_lightning.evaluation.summary import mean
 from fl_lightning.executors.executor import Executor
-from fl_lightning.executors.serial import SerialExecutor
+from fl_lightning.executors.serial import SerialExecutor, torch_threads
 from fl_lightning.models.export import export_state_dict
 from fl_lightning.module import FederatedModule
-from fl_lightning.personalization.epoch_curves import curve_of
-from fl_lightning.personalization.measurement import Measurement
+from fl_lightning.personalization.epoch_curves import curve_of, final_of
+from fl_lightning.personalization.measurement import Measurement, Measures
 from fl_lightning.personalization.outcome import Outcome
 from fl_lightning.personalization.report import file_name, report
 from fl_lightning.personalization.source import Source, open_source
@@ -66,7 +66,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         source.data.to(device)  # workers have memory of their own; here all clients share one pool
     run_folder.start(config)
     run_folder.keep_partition(source.data.partition)
-    measurement = Measurement(source.module, source.data.clients)
+    with torch_threads(getattr(executor, "threads", None)):
+        measurement = Measurement(source.module, source.data.clients)
     outcomes = personalize(source, strategies, measurement, executor, config, folder)
     return report(outcomes, source, config, run_folder, logger)
 
@@ -94,6 +95,8 @@ def personalize(
     """
     module = source.module
     start, device = snapshot(module.state_dict()), module.device
+    # As many as measure within the fits: the last bits depend on it, and workers have no core to spare.
+    threads = getattr(executor, "threads", None)
     clients = [Client(data.id, data) for data in source.data.clients]
     random_starts: list[State] = []
     if any(strategy.start == "random" for strategy in strategies):
@@ -111,11 +114,13 @@ def personalize(
         starts = [start] * config["seeds"] if strategy.start == "global" else random_starts
         shown.set_postfix_str(strategy.name)
         began = time.perf_counter()
-        for client, number, state, curve in _models(strategy, clients, starts, executor):
+        for client, number, state, curve, measures in _models(strategy, clients, starts, executor):
             if not all_finite(state):
                 log.warning("%s, client %s: its model has diverged (NaN)", strategy.name, client.name)
-            load(module.to(device), state)
-            measures = measurement.measure(module, client.id)
+            if measures is None:
+                load(module.to(device), state)
+                with torch_threads(threads):
+                    measures = measurement.measure(module, client.id)
             outcomes.append(Outcome(strategy, client.id, number, measures, curve))
             if config["save_models"]:
                 path = folder / "models" / file_name(strategy.name) / f"seed_{number}" / f"client_{client.id}.pt"
@@ -131,11 +136,11 @@ def personalize(
 
 def _models(
     strategy: Strategy, clients: Sequence[Client], starts: Sequence[State], executor: Executor
-) -> Iterator[tuple[Client, int, State, dict[int, Any]]]:
-    """Make the models of one strategy: client, number of the seed, all tensors, measures by epoch."""
+) -> Iterator[tuple[Client, int, State, dict[int, Measures], Measures | None]]:
+    """Make the models of one strategy: client, number of the seed, all tensors, measures by epoch, and at the end."""
     pairs = [(number, client) for number in range(len(starts)) for client in clients]
     if strategy.local is None:
-        yield from ((client, number, starts[number], {}) for number, client in pairs)
+        yield from ((client, number, starts[number], {}, None) for number, client in pairs)
         return
     try:
         executor.setup(strategy.local, clients)
@@ -145,7 +150,7 @@ def _models(
             if outcome.fit is None:
                 raise RuntimeError(f"{strategy.name}, client {client.name}: {outcome.error}") from outcome.error
             update = outcome.fit.update
-            yield client, number, update.state, curve_of(update)
+            yield client, number, update.state, curve_of(update), final_of(update)
     finally:
         executor.close()
 
