@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fl_lightning.models import Model, gpt, lenet5, resnet18, timm_model, vit
+from fl_lightning.models import Model, cnn2, gpt, lenet5, resnet18, timm_model, vit
 from fl_lightning.split.alignment import Alignment
 from fl_lightning.split.body import ServerBody
 from fl_lightning.split.exchange import Exchange, InProcessExchange
@@ -29,15 +29,24 @@ def small_gpt() -> Model:
     return gpt(num_classes=11, image_size=6, width=16, depth=3, num_heads=2)
 
 
+def small_cnn() -> Model:
+    return cnn2(num_classes=5, image_size=16)
+
+
 def small_resnet() -> Model:
-    return resnet18(num_classes=5, norm="group")
+    return resnet18(num_classes=5)
 
 
 def timm_resnet() -> Model:
     return timm_model("test_resnet", num_classes=5)
 
 
+def timm_vit() -> Model:
+    return timm_model("test_vit2", num_classes=5, image_size=16)  # registers, average pooling
+
+
 MODELS = {"vit": small_vit, "lenet": small_lenet, "gpt": small_gpt}
+DEEP = {"cnn": small_cnn, "resnet": small_resnet, "timm_resnet": timm_resnet, "timm_vit": timm_vit}
 
 
 def batch_for(name: str, seed: int = 0, size: int = 3) -> tuple[Tensor, Tensor]:
@@ -51,7 +60,7 @@ def batch_for(name: str, seed: int = 0, size: int = 3) -> tuple[Tensor, Tensor]:
 def make_module(name: str, end: int = -1, start: int = 1, optimizer=SGD) -> SplitModule:
     """A split module with the same weights every time."""
     torch.manual_seed(0)
-    return SplitModule(MODELS[name](), optimizer, start=start, end=end)
+    return SplitModule({**MODELS, **DEEP}[name](), optimizer, start=start, end=end)
 
 
 def make_body(module: SplitModule, weight: float = 0.0, at: str = "server", optimizer=SGD, **rest) -> ServerBody:

@@ -11,9 +11,17 @@ from torch import nn
 from fl_lightning.models import lenet5
 from fl_lightning.split.blocks import chain
 from fl_lightning.split.cut import Cut
-from fl_lightning.split.latency import BatchSeconds, LatencyModel, asynchronous_seconds, batch_bytes, sequential_seconds
+from fl_lightning.split.latency import (
+    BatchSeconds,
+    LatencyModel,
+    asynchronous_seconds,
+    batch_bytes,
+    sequential_seconds,
+    with_weights,
+)
 from fl_lightning.split.policy import BudgetCuts, CheapestCuts, FixedCuts
 from fl_lightning.split.profile import BlockProfile, ClientProfile, ModelProfile, profile_model
+from fl_lightning.split.traffic import Traffic
 
 # Four blocks of 10, 20, 30 and 40 FLOPs whose outputs take 8, 4, 2 and 1 bytes, and a head of 5 FLOPs.
 MODEL = ModelProfile(
@@ -82,6 +90,30 @@ def test_waiting_for_the_server() -> None:
     free = BatchSeconds(front=1, body_forward=0, tail=2, body_backward=0, front_backward=3)
     assert asynchronous_seconds([[free], [free, free], []]) == 12
     assert asynchronous_seconds([]) == 0
+
+
+def test_frozen_parts_send_no_gradient_and_compute_none() -> None:
+    client, cut = ClientProfile(flops_per_second=10, memory=1e9, up=2, down=4), Cut(1, 2, 3)
+    latency = LatencyModel(MODEL, batch_size=2, server_flops_per_second=100)
+    batch = latency.batch(cut, client, reach="body")
+    assert (batch.body_backward, batch.front_backward) == (120 / 100, 0)
+    assert batch_bytes(cut, MODEL, 2, None, "body") == Traffic(8, 4, 4, 0)
+    batch = latency.batch(cut, client, reach="tail")
+    assert (batch.front, batch.body_forward) == (60 / 10 + 8 / 2, 60 / 100)
+    assert (batch.tail, batch.body_backward, batch.front_backward) == (4 / 4 + 3 * 90 / 10, 0, 0)
+    assert batch_bytes(cut, MODEL, 2, None, "tail") == Traffic(8, 4, 0, 0)
+
+
+def test_weights_come_before_a_fit_and_go_after_it_without_waiting_for_the_server() -> None:
+    batch = BatchSeconds(front=1, body_forward=4, tail=1, body_backward=2, front_backward=1)
+    one, other = with_weights([batch], down=1, up=5), with_weights([batch, batch], down=0, up=2)
+    assert sequential_seconds([one]) == 9 + 6
+    # One is at the server at 2, other at 1 and served until 5, one then until 9. The other's gradient comes at 6, is
+    # served from 9 to 11; one's comes at 10, is served from 11 to 13, ends at 14 and its weights go until 19. The other
+    # goes on at 12, is at the server at 13 until 17, again from 18 to 20, and ends at 21 + 2.
+    assert asynchronous_seconds([one]) == 15
+    assert asynchronous_seconds([one, other]) == 23
+    assert asynchronous_seconds([one, other[:1]]) == 19
 
 
 def test_fixed_cuts() -> None:

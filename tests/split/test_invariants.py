@@ -12,6 +12,7 @@ from fl_lightning.split.latency import batch_bytes
 from fl_lightning.split.module import SplitModule
 from fl_lightning.split.profile import profile_model
 from tests.split.halves import (
+    DEEP,
     MODELS,
     SGD,
     batch_for,
@@ -53,6 +54,36 @@ def test_one_client_trains_as_the_unsplit_model_at_every_legal_cut(name: str) ->
         state = whole_state(module, body, exchange)
         for tensor_name in expected:
             assert torch.equal(state[tensor_name], expected[tensor_name]), (start, at, end, tensor_name)
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_gradients_and_statistics_of_deep_backbones_are_those_of_the_unsplit_model(name: str) -> None:
+    """Every boundary between blocks is a cut, and so are the ends of a body of one block and of all but one."""
+    plain = make_module(name).train()
+    initial = {key: tensor.clone() for key, tensor in plain.state_dict().items()}
+    x, y = batch_for(name, size=2)
+    loss = F.cross_entropy(plain.head(plain.backbone(x)), y)
+    loss.backward()
+    gradients = {path: parameter.grad.clone() for path, parameter in plain.named_parameters()}
+    buffers = {key: tensor.clone() for key, tensor in plain.named_buffers()}
+    blocks = len(plain.blocks)
+    for at, end in [(at, blocks) for at in range(1, blocks)] + [(1, 2), (1, blocks - 1)]:
+        plain.load_state_dict(initial)
+        plain.requires_grad_(True)
+        module = SplitModule(Model(plain.backbone, plain.head, "head"), SGD, end=end).train()
+        module.zero_grad()
+        body = make_body(module)
+        body.step = lambda: None  # keep the gradients to look at
+        held = module.parts(connect(module, body, at).cut)
+        split_loss = module.training_step((x, y), 0)
+        split_loss.backward()
+        assert split_loss.item() == loss.item()
+        server = {body._full_names[local]: parameter.grad for local, parameter in body.blocks.named_parameters()}
+        for path, parameter in module.named_parameters():
+            found = server[path] if path in held.body else parameter.grad
+            assert torch.equal(found, gradients[path]), (at, end, path)
+        state = whole_state(module, body, module.exchange)
+        assert all(torch.equal(state[key], buffers[key]) for key in buffers), (at, end)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -111,6 +142,32 @@ def test_kl_vanishes_while_private_top_and_server_copy_agree_and_not_after() -> 
     (gradient,) = torch.autograd.grad(penalty, private)
     assert penalty.item() > 1e-4
     assert gradient.abs().max() > 1e-7
+
+
+@pytest.mark.parametrize("at", ["server", "client"])
+def test_aligned_gradients_equal_autograd_of_the_whole_objective(at: str) -> None:
+    """CE + 0.7 KL written out over whole models: p (log p - log q) over the width, meaned over examples and tokens."""
+    module = make_module("vit")
+    server = twin(module)
+    with torch.no_grad():
+        for parameter in server.backbone.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    private, copies = list(module.blocks.values()), list(server.blocks.values())
+    x, y = batch_for("vit")
+    h = private[0](x)
+    z = private[2](private[1](h))
+    p, q = copies[2](copies[1](h)).detach().softmax(-1), z.softmax(-1)
+    divergence = (p * (p.log() - q.log())).sum(-1).mean()
+    task = F.cross_entropy(module.head(private[4](copies[3](z))), y)
+    wanted = [parameter for part in (*private[:3], private[4], module.head) for parameter in part.parameters()]
+    expected = torch.autograd.grad(task + 0.7 * divergence, wanted)
+    assert divergence.item() > 1e-3
+
+    body = make_body(server, weight=0.7, at=at)
+    connect(module, body, 3)
+    module.training_step((x, y), 0).backward()
+    for parameter, gradient in zip(wanted, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
 
 
 def test_client_at_the_first_cut_sends_no_base_and_aligns_nothing() -> None:

@@ -14,11 +14,14 @@ import torch
 
 from fl_lightning.split.alignment import Alignment
 from fl_lightning.split.cut import Cut
+from fl_lightning.split.latency import batch_bytes
 from fl_lightning.split.messages import MessageError, decode, encode
 from fl_lightning.split.module import SplitModule
 from fl_lightning.split.peer import require_safety
+from fl_lightning.split.profile import profile_model
 from fl_lightning.split.remote import Line, NetworkExchange
 from fl_lightning.split.service import SplitService, start
+from fl_lightning.split.traffic import Traffic
 from fl_lightning.split.turns import Turns
 from tests.split.halves import (
     SGD,
@@ -43,7 +46,7 @@ class Wire:
         self.name, self.weight, self.at, self.settings = name, weight, at, settings
         self.checkpoint = folder / "server.pt"
         self.port = 0
-        self.seen: list[bytes] = []
+        self.seen: list[tuple[str, bytes, bytes]] = []
         self.open()
 
     def open(self) -> None:
@@ -54,8 +57,9 @@ class Wire:
         answer = self.service.answer
 
         def recording(call: str, request: bytes) -> bytes:
-            self.seen.append(request)
-            return answer(call, request)
+            reply = answer(call, request)
+            self.seen.append((call, request, reply))
+            return reply
 
         self.service.answer = recording
         self.server, self.port = start(self.service, f"127.0.0.1:{self.port}")
@@ -69,7 +73,13 @@ class Wire:
     def join(self, client: int, **settings) -> NetworkExchange:
         line = self.line(client, **settings)
         header, _ = line.call("Join", {"fingerprint": MODEL})
-        return NetworkExchange(line, Cut(*header["cut"]), Alignment(**header["alignment"]), header["ticket"])
+        return NetworkExchange(
+            line,
+            Cut(*header["cut"]),
+            Alignment(**header["alignment"]),
+            header["ticket"],
+            Traffic.of(header["traffic"]),
+        )
 
 
 @pytest.fixture
@@ -126,6 +136,28 @@ def test_network_and_process_end_with_the_same_bits(name: str, at: str, tmp_path
         wire.kill()
 
 
+def payload(message: bytes) -> int:
+    """The bytes behind the header: what a message weighs beside its names and shapes."""
+    return len(message) - 8 - int.from_bytes(message[:8], "little")
+
+
+@pytest.mark.parametrize("at", ["server", "client"])
+def test_account_is_what_the_messages_weigh(at: str, tmp_path: Path) -> None:
+    wire = Wire("vit", tmp_path, at=at)
+    try:
+        player = Player("vit", wire.join(1))
+        player.step(1)
+        profile = profile_model(player.module.blocks, player.module.head, batch_for("vit")[0][:1])
+    finally:
+        wire.kill()
+    sent = {call: (payload(request), payload(reply)) for call, request, reply in wire.seen}
+    weighed = Traffic(sent["Forward"][0], sent["Forward"][1], sent["Backward"][0], sent["Backward"][1])
+    assert player.exchange.traffic == weighed
+    assert wire.service.traffic == weighed
+    assert batch_bytes(player.exchange.cut, profile, 3, at) == weighed
+    assert sent["Join"] == (0, 0)
+
+
 def test_bytes_are_those_of_one_process(wire: Wire) -> None:
     player = Player("vit", wire.join(1))
     player.step(1)
@@ -141,7 +173,7 @@ def test_no_message_holds_labels_inputs_or_weights(wire: Wire) -> None:
     weights = {name: tensor.clone() for name, tensor in player.module.state_dict().items()}
     player.step(1)
     assert len(wire.seen) == 3
-    for request in wire.seen:
+    for _, request, _ in wire.seen:
         for secret in (x, y, y.to(torch.int32), y.float(), *(w for w in weights.values() if w.unique().numel() > 4)):
             assert secret.contiguous().numpy().tobytes() not in request
         header, tensors = decode(request, frozenset({"activation", "base", "gradient"}))
@@ -194,6 +226,8 @@ def test_client_killed_in_mid_batch_stops_nobody_and_can_come_back(wire: Wire) -
     back = Player("vit", wire.join(0))
     assert not wire.service.body.waits_for((0, 2))
     assert back.exchange.ticket == 1
+    assert back.exchange.traffic == wire.service.seats[0].traffic
+    assert back.exchange.traffic.activation_down == 2 * back.exchange.traffic.gradient_up > 0
     back.module.load_state_dict(saved)
     back.optimizer.load_state_dict(momentum)
     players[0] = back
@@ -422,6 +456,9 @@ def test_frozen_front_still_trains_the_body(wire: Wire) -> None:
     player.step(1)
     held = module.parts(player.exchange.cut)
     after = wire.service.body.state()
+    assert player.exchange.traffic.gradient_up > 0
+    assert player.exchange.traffic.gradient_down == wire.service.traffic.gradient_down == 0
+    assert payload(wire.seen[-1][2]) == 0
     assert any(not torch.equal(before[name], after[name]) for name in held.body)
     assert all(torch.equal(before[name], after[name]) for name in held.top)
 

@@ -142,6 +142,46 @@ def test_pfsl_keeps_the_front_and_personalises_only_heads(tiny_root: Path, tmp_p
         assert same == (name not in held.head), name
 
 
+@pytest.mark.parametrize("method", ["pfsl", "phsfl"])
+def test_last_personal_stage_is_in_the_account(method: str, tiny_root: Path, tmp_path: Path) -> None:
+    """It sends activations up and down for every batch of every epoch, no gradient, and is counted once."""
+    run = train(tiny_root, tmp_path / "run", method, "callbacks.final.epochs=3")
+    loop, server = run.loop, run.loop.callbacks["server"]
+    for _ in range(2):  # the last and the kept models; the models of a state are trained once
+        for client in run.clients:
+            loop.personal_state(client)
+        loop.state = dict(loop.state)
+    sizes = {client.id: [len(y) for _, y in client.data.train_dataloader()] for client in run.clients}
+    profile = server.latency.model.blocks
+    examples = 3 * sum(sum(some) for some in sizes.values())
+    up, down = (sum(row[f"traffic/bytes_{way}"] for row in loop.history) for way in ("up", "down"))
+    assert loop.bytes_up - up == examples * profile[0].out_bytes
+    assert loop.bytes_down - down == examples * profile[-1].out_bytes
+    result = loop.callbacks["final"].results(loop)["personal_stage"]
+    assert result["bytes"]["gradient_up"] == result["bytes"]["gradient_down"] == 0
+    slowest = max(
+        sum(server.latency.batch(server.cuts[i], server.profiles[i], size, "tail").total for size in 3 * some)
+        for i, some in sizes.items()
+    )
+    assert slowest <= result["simulated_seconds"] < 1.05 * slowest
+
+
+def test_frozen_front_is_sent_no_gradient_and_waits_for_none(tiny_root: Path, tmp_path: Path) -> None:
+    run = train(tiny_root, tmp_path / "run", "pfsl", "callbacks.server.schedule=sequential")
+    server = run.loop.callbacks["server"]
+    up = down = seconds = 0
+    for client in run.clients:
+        for size in [len(y) for _, y in client.data.train_dataloader()]:
+            cut, device = server.cuts[client.id], server.profiles[client.id]
+            formula = batch_bytes(cut, server.latency.model, size, None, "body")
+            up, down = up + 2 * formula.up, down + 2 * formula.down
+            seconds += 2 * server.latency.batch(cut, device, size, "body").total
+            head = 2 * sum(run.module.state_dict()[name].nbytes for name in ("head.weight", "head.bias"))
+        seconds += head / device.up + head / device.down
+    assert (server.traffic.up, server.traffic.down) == (up, down)
+    assert server.simulated_seconds == pytest.approx(seconds)
+
+
 def test_pfsl_with_one_client_averages_nothing(tiny_root: Path, tmp_path: Path) -> None:
     alone = "data.unseen_clients=[bob, cid]"
     averaged = train(tiny_root, tmp_path / "averaged", "pfsl", alone)
