@@ -6,7 +6,7 @@ STAMP := $(shell date +%Y-%m-%d_%H-%M-%S)
 # One thread a process: two beside a busy neighbour were measured to be eight times slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help quickstart test test-slow check bench stress tensorboard clean
+.PHONY: help quickstart test test-slow check bench stress cluster tensorboard clean
 
 help:
 	@echo "make quickstart   install, train a global model, personalise it, print the tables (2 minutes after installing)"
@@ -15,6 +15,7 @@ help:
 	@echo "make check        ruff, ruff format, mypy"
 	@echo "make bench        measure speed beside a bare PyTorch loop"
 	@echo "make stress       kill a run at random moments, resume it, compare the bits"
+	@echo "make cluster      start a Ray cluster of two nodes on this machine and run the default job on it"
 	@echo "make tensorboard  look at the runs in logs/"
 
 $(VENV)/installed: pyproject.toml
@@ -52,6 +53,9 @@ bench: $(VENV)/installed-dev
 
 stress: $(VENV)/installed-dev
 	$(BIN)/python -m tests.stress_kill --kills 30
+
+cluster: $(VENV)/installed-dev
+	$(BIN)/python -m fl_lightning.executors.ray_demo hydra.run.dir=logs/cluster/$(STAMP)
 
 tensorboard: $(VENV)/installed
 	$(BIN)/tensorboard --logdir logs
