@@ -43,6 +43,13 @@ def test_first_order_is_the_gradient_after_the_step() -> None:
     torch.testing.assert_close(gradients(module, (X, Y)), gradient_at(module, stepped, X[6:], Y[6:]))
 
 
+@pytest.mark.parametrize("order", ["first", "second"])
+def test_without_an_inner_step_it_is_the_plain_gradient_of_the_outer_part(order: Any) -> None:
+    module = module_of(order, alpha=0.0)
+    plain = gradient_at(module, list(module.parameters()), X[6:], Y[6:])
+    torch.testing.assert_close(gradients(module, (X, Y)), plain)
+
+
 def test_hessian_free_is_the_paper_s_difference() -> None:
     module = module_of("hessian_free")
     w = list(module.parameters())

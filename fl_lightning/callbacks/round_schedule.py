@@ -1,0 +1,57 @@
+"""A learning rate that falls from round to round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import LightningModule, Trainer
+from typing_extensions import override
+
+from fl_lightning.callback import FederatedCallback
+from fl_lightning.module import FederatedModule
+
+if TYPE_CHECKING:
+    from fl_lightning.client import Broadcast, Client, Update
+
+
+class RoundSchedule(FederatedCallback):
+    """Multiplies the clients' learning rate by a factor that depends on the round.
+
+    A Lightning scheduler begins anew in every fit; this is what lasts over fits, and shapes where theirs begins. It
+    acts on the fits of the rounds alone: a fine-tuning at the end has the full rate. Rates of the server (of an
+    aggregator, of split learning's body) are not touched.
+
+    Args:
+        gamma: The factor of one fall, in (0, 1].
+        milestones: The rounds, counted from 0, from which it holds once more; empty: every round but the first.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(self, gamma: float = 0.1, milestones: Sequence[int] = ()) -> None:
+        if not 0 < gamma <= 1:
+            raise ValueError(f"`gamma` of the round schedule must lie in (0, 1], got {gamma}")
+        if any(milestone < 0 for milestone in milestones):
+            raise ValueError(f"`milestones` of the round schedule must be at least 0, got {list(milestones)}")
+        self.gamma = gamma
+        self.milestones = tuple(milestones)
+
+    def factor(self, round: int) -> float:
+        """Return what the learning rate of a round is multiplied by."""
+        falls = sum(round >= milestone for milestone in self.milestones) if self.milestones else round
+        return self.gamma**falls
+
+    @override
+    def on_client_start(self, client: Client, module: FederatedModule, broadcast: Broadcast) -> None:
+        module.lr_factor = self.factor(broadcast.round)
+
+    @override
+    def on_client_end(self, client: Client, module: FederatedModule, update: Update) -> None:
+        module.lr_factor = 1.0
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        assert isinstance(pl_module, FederatedModule)
+        pl_module.lr_factor = 1.0
