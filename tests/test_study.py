@@ -17,10 +17,10 @@ from fl_lightning.command_line import CONF
 from fl_lightning.config import plain
 from fl_lightning.evaluation.tables import MeanStd
 from fl_lightning.personalization.strategy import build_strategies
-from fl_lightning.study import run
+from fl_lightning.study import page, run
 from fl_lightning.study.report import mean_curves, order_lines, panels, paper_rows
 from fl_lightning.study.run import federations
-from fl_lightning.study.stages import personalization_config, stage_name
+from fl_lightning.study.stages import SECONDS, personalization_config, seconds_of, stage_name, timed
 from tests.data.test_celeba import root as celeba_root  # noqa: F401 - fixtures
 from tests.data.test_chexpert import root as chexpert_root  # noqa: F401
 from tests.data.test_digit5 import write_mat_archive
@@ -137,10 +137,20 @@ def test_finished_stages_are_not_run_again(
             return original(cfg, folder)
 
         monkeypatch.setattr(module, "run", spy)
-    assert run(tiny_study, tmp_path / "study") == results
+    before = results.pop("seconds")
+    again = run(tiny_study, tmp_path / "study")
+    after = again.pop("seconds")
+    assert again == results
+    # Training that goes on adds to its time, personalization begins anew; what was found keeps its time.
+    assert {name for name in before if after[name] != before[name]} == {
+        f"train/{trained}",
+        f"personalize/{personalized}",
+    }
+    assert after[f"train/{trained}"] > before[f"train/{trained}"]
+    assert all(seconds > 0 for seconds in before.values())
     assert begun == [("train", trained), ("personalize", personalized)]
     begun.clear()
-    assert run(tiny_study, tmp_path / "again") == results
+    assert run(tiny_study, tmp_path / "again") == again | {"seconds": after}
     assert begun == []
 
 
@@ -224,7 +234,7 @@ def test_every_experiment_runs_in_small(
         kept = [override for override in TINY if "model" not in override]
         cfg = composed(name, *kept, *vit, f"data.root={root}", f"study.stages={tmp_path / 'stages'}")
     results = run(cfg, tmp_path / "study")
-    assert list(results) == (list(cfg.study.variants) or ["all"])
+    assert list(results) == [*(cfg.study.variants or ["all"]), "seconds"]
     drawn = {str(path.relative_to(tmp_path / "study")) for path in (tmp_path / "study").rglob("*.png")}
     assert drawn
     assert len(list((tmp_path / "study").glob("events.out.tfevents.*"))) == 1
@@ -258,3 +268,76 @@ def test_curves_are_means_over_seeds(tmp_path: Path) -> None:
 def test_multirun_runs_all_studies_for_two_cores() -> None:
     listed = OmegaConf.load(CONF / "study.yaml").hydra.sweeper.params.experiment.split(",")
     assert sorted(listed) == [f"lpft/{name}" for name in EXPERIMENTS if name.endswith("_scaled")]
+
+
+def test_a_stage_that_is_gone_on_with_adds_up_its_time(tmp_path: Path) -> None:
+    assert seconds_of(tmp_path) == 0
+    (tmp_path / SECONDS).write_text("100\n")
+    with timed(tmp_path):
+        pass
+    assert 100 <= seconds_of(tmp_path) < 101
+    (tmp_path / "results.json").write_text("{}")
+    (tmp_path / SECONDS).write_text("7\n")
+    with timed(tmp_path):  # finished before: nothing runs
+        pass
+    assert seconds_of(tmp_path) == 7
+
+
+def made_study(logs: Path, name: str, seconds: dict[str, float]) -> None:
+    folder = logs / "lpft" / name
+    (folder / "high").mkdir(parents=True)
+    (folder / "table.md").write_text(f"tables of {name}\n\n| a |\n| --- |\n| 1 |\n\n---\n\nwhat words mean\n")
+    (folder / "results.json").write_text(json.dumps({"all": {}, "seconds": seconds}))
+    (folder / "equal_loss.png").write_bytes(name.encode())
+    (folder / "high" / "table.png").write_bytes(b"of a variant")
+
+
+def test_a_page_is_made_of_what_studies_left(tmp_path: Path) -> None:
+    logs, target = tmp_path / "logs", tmp_path / "docs" / "study.md"
+    made_study(logs, "one", {"train/a": 10.0, "personalize/b": 20.0})
+    made_study(logs, "two", {"train/a": 10.0, "personalize/c": 5.4})
+    figures = target.parent / "figures"
+    figures.mkdir(parents=True)
+    for name in ("study_gone_table.png", "theory.png"):
+        (figures / name).write_bytes(b"old")
+    target.write_text(f"before\n{page.BEGIN}\nold numbers\n{page.END}\nafter\n")
+    arguments = ["--logs", str(logs), "--page", str(target), "--experiments", "lpft/one", "lpft/two"]
+    page.main(arguments)
+    text = target.read_text()
+    assert text.startswith(f"before\n{page.BEGIN}\n")
+    assert text.endswith(f"{page.END}\nafter\n")
+    assert not any(words in text for words in ("old numbers", "what words mean"))
+    assert text.index("### one") < text.index("tables of one") < text.index("### two") < text.index("tables of two")
+    assert "![one: equal loss](figures/study_one_equal_loss.png)" in text
+    assert {path.name: path.read_bytes() for path in figures.iterdir()} == {
+        "theory.png": b"old",
+        "study_one_equal_loss.png": b"one",
+        "study_two_equal_loss.png": b"two",
+    }
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    assert [row for row in rows if row[0] in ("one", "two", "all")] == [
+        ["one", "2", "30"],
+        ["two", "1", "5"],  # the global model was trained for the first
+        ["all", "3", "35"],
+    ]
+    page.main(arguments)
+    assert target.read_text() == text
+
+
+def test_a_page_that_cannot_be_made_stays_as_it_is(tmp_path: Path) -> None:
+    made_study(tmp_path, "one", {})
+    target = tmp_path / "study.md"
+    target.write_text("no marks\n")
+    with pytest.raises(SystemExit, match="must hold the lines"):
+        page.main(["--logs", str(tmp_path), "--page", str(target), "--experiments", "lpft/one"])
+    target.write_text(f"{page.BEGIN}\nold\n{page.END}\n")
+    with pytest.raises(SystemExit, match="has no table.md; run python study.py experiment=lpft/two first"):
+        page.main(["--logs", str(tmp_path), "--page", str(target), "--experiments", "lpft/one", "lpft/two"])
+    assert target.read_text() == f"{page.BEGIN}\nold\n{page.END}\n"
+
+
+def test_the_page_of_this_project_can_be_made_of_the_multirun() -> None:
+    text = (CONF.parent / "docs" / "study.md").read_text()
+    assert text.count(page.BEGIN) == text.count(page.END) == 1
+    results = text[text.index(page.BEGIN) : text.index(page.END)]
+    assert [f"lpft/{line[4:]}" for line in results.splitlines() if line.startswith("### ")] == page.listed()

@@ -16,7 +16,7 @@ from fl_lightning import atomic
 from fl_lightning.evaluation.results import write_json
 from fl_lightning.evaluation.tables import MeanStd, markdown_table, mean_std, plain_table
 from fl_lightning.personalization.report import DEFINITIONS, file_name
-from fl_lightning.study.stages import read_results
+from fl_lightning.study.stages import read_results, seconds_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,6 +31,10 @@ BESIDE = {
     "train_loss": 1,
 }
 """What is reported besides the paper's columns, and by what it is multiplied."""
+
+
+RULE = "---"
+"""The line between the tables and the definitions in ``table.md``."""
 
 
 @dataclass
@@ -63,7 +67,8 @@ def report(runs: Sequence[Run], study: Mapping[str, Any], folder: Path) -> dict[
         folder: Where everything goes.
 
     Returns:
-        What is written to ``results.json``.
+        What is written to ``results.json``: for each variant (``all`` if there are none) the values and the stages, and
+        the seconds of each stage.
 
     Raises:
         ValueError: If ``study.metrics`` names something that is not measured.
@@ -72,7 +77,8 @@ def report(runs: Sequence[Run], study: Mapping[str, Any], folder: Path) -> dict[
     for run in runs:
         variants.setdefault(run.variant, []).append(run)
     values = {name: values_of(members) for name, members in variants.items()}
-    parts, results = [], {}
+    parts: list[Any] = []
+    results: dict[str, Any] = {}
     for name, by_strategy in values.items():
         seeds = [str(run.seed) for run in variants[name]]
         over = "mean ± standard deviation over seeds" if len(seeds) > 1 else "one run, seed"
@@ -88,18 +94,20 @@ def report(runs: Sequence[Run], study: Mapping[str, Any], folder: Path) -> dict[
             "trained": [run.trained.name for run in variants[name]],
             "personalized": [run.personalized.name for run in variants[name]],
         }
+    stages = [stage for run in runs for stage in (run.trained, run.personalized)]
+    results["seconds"] = {f"{stage.parent.name}/{stage.name}": seconds_of(stage) for stage in stages}
     names = "; ".join(f"{column} is {metric}" for column, metric in study["metrics"].items())
     source = f"Beside ours: {study['source']}\n" if study["source"] else ""
     foot = f"{names}.\n{source}{DEFINITIONS}\n"
 
-    def text(table: Any) -> str:
+    def text(table: Any, rule: str = "") -> str:
         blocks = []
         for title, rows, others, lines in parts:
             blocks += [title, table(rows, digits=2), table(others, digits=2), "\n".join(f"- {line}" for line in lines)]
-        return "\n\n".join(block.rstrip("\n") for block in blocks if block) + f"\n\n{foot}"
+        return "\n\n".join(block.rstrip("\n") for block in blocks if block) + f"\n\n{rule}{foot}"
 
     folder.mkdir(parents=True, exist_ok=True)
-    atomic.write_text(folder / "table.md", text(markdown_table))
+    atomic.write_text(folder / "table.md", text(markdown_table, f"{RULE}\n\n"))
     write_json(folder / "results.json", results)
     if study["figures"]:
         save(figures(variants, values, study), folder)
@@ -188,19 +196,22 @@ def figures(
     for variant, runs in variants.items():
         prefix = f"{file_name(variant)}/" if variant else ""
         curves = mean_curves(runs)
+        seeds = f"seed{'s' if len(runs) > 1 else ''} {', '.join(str(run.seed) for run in runs)}"
         rows = {row["strategy"]: row for row in paper_rows(values[variant], study["metrics"], study["paper"] or {})}
         if not any(" " in name for name in rows):  # not the many settings of a grid
             drawn[f"{prefix}table"] = draw_beside_paper(rows, ("Local", "Global"))
         for title, members in panels(curves).items():
             lines = {
                 name: draw.Curve(
-                    [point["local"] for point in curves[name].values()],
-                    [point["global_others"] for point in curves[name].values()],
+                    [100 * point["local"] for point in curves[name].values()],
+                    [100 * point["global_others"] for point in curves[name].values()],
                     list(curves[name]),
                 )
                 for name in members
             }
-            drawn[f"{prefix}epochs_{file_name(title)}"] = draw.draw_epochs(lines, title=title)
+            drawn[f"{prefix}epochs_{file_name(title)}"] = draw.draw_epochs(
+                lines, title=f"{title}: mean over clients, {seeds}", label="accuracy (%)"
+            )
         starts = [point[0] for point in curves.values() if 0 in point]
         if starts:
             points = {
@@ -212,7 +223,7 @@ def figures(
                 if 0 in by_epoch
             }
             drawn[f"{prefix}drop_against_distortion"] = draw.draw_drop_against_distortion(
-                points, "a point an epoch, means over clients and seeds"
+                points, f"a point for each measured epoch: mean over clients, {seeds}"
             )
         levels = by_level(values[variant])
         if levels:
@@ -221,6 +232,7 @@ def figures(
                 shown,
                 {name: [found[level].mean for level in shown] for name, found in levels.items()},
                 {name: [np.nan_to_num(found[level].std) for level in shown] for name, found in levels.items()},
+                label="global accuracy (%)",
             )
     if len(variants) > 1:
         metric = study["metrics"]["Global"]
@@ -261,12 +273,12 @@ def panels(curves: Mapping[str, Mapping[int, Any]]) -> dict[str, list[str]]:
 
 
 def by_level(values: Values) -> dict[str, dict[float, MeanStd]]:
-    """Global accuracy by strategy and flooding level, where levels are what a grid varies."""
+    """Global accuracy in percent by strategy and flooding level, where levels are what a grid varies."""
     found: dict[str, dict[float, MeanStd]] = {}
     for name, row in values.items():
         base, _, setting = name.partition(" level=")
         if setting:
-            found.setdefault(base, {})[float(setting)] = scaled(row["global_others"], 1)
+            found.setdefault(base, {})[float(setting)] = scaled(row["global_others"], 100)
     return found
 
 

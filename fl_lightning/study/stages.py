@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from fl_lightning import personalization
+from fl_lightning import atomic, personalization
 from fl_lightning.command_line import CONF
 from fl_lightning.compare import IRRELEVANT, run_once
 from fl_lightning.config import plain
@@ -29,6 +31,9 @@ GROUPS = {
     "optimizer": "optimizer",
 }
 """Keys of ``study.personalize`` whose values, a name or a list of names, choose files of ``conf/``: their groups."""
+
+SECONDS = "seconds.txt"
+"""The file of a stage that says how long it took."""
 
 
 def train(cfg: DictConfig, stages: Path) -> Path:
@@ -48,7 +53,9 @@ def train(cfg: DictConfig, stages: Path) -> Path:
     print(f"training:       {folder}", flush=True)
     cfg = cfg.copy()
     cfg.study = None
-    if not run_once(cfg, folder):
+    with timed(folder):
+        finished = run_once(cfg, folder)
+    if not finished:
         raise InterruptedError(f"training stopped in {folder}; the same command goes on from there")
     return folder
 
@@ -73,7 +80,8 @@ def personalize(cfg: DictConfig, checkpoint: Path, stages: Path) -> Path:
     if folder.exists():
         shutil.rmtree(folder)
     print(f"personalizing:  {folder}", flush=True)
-    personalization.run(own, folder)
+    with timed(folder):
+        personalization.run(own, folder)
     return folder
 
 
@@ -109,6 +117,22 @@ def stage_name(config: Mapping[str, Any]) -> str:
     kept = {key: value for key, value in config.items() if key not in NO_INFLUENCE}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:10]
     return f"seed_{config['seed']}-{digest}"
+
+
+@contextmanager
+def timed(folder: Path) -> Iterator[None]:
+    """Add the seconds that a stage takes to those that it took before it was stopped; finding it finished adds none."""
+    finished = RunFolder(folder).results.exists()
+    began = time.perf_counter()
+    yield
+    if not finished:
+        atomic.write_text(folder / SECONDS, f"{seconds_of(folder) + time.perf_counter() - began:.2f}\n")
+
+
+def seconds_of(folder: Path) -> float:
+    """Return how long a stage took, as far as it was not killed on the way; 0 where that was not noted."""
+    file = folder / SECONDS
+    return float(file.read_text()) if file.exists() else 0.0
 
 
 def read_results(folder: Path) -> dict[str, Any]:
