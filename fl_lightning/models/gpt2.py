@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from fl_lightning.models.gpt import LastToken, TokenEmbedding
+from fl_lightning.models.gpt import LastToken, TokenEmbedding, attention_mask
 from fl_lightning.models.model import Model
 
 
@@ -16,16 +17,23 @@ class HiddenStates(nn.Module):
 
     Args:
         block: The block.
+        padded: Whether rows of zeros are padding, which nobody sees.
     """
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, padded: bool = False) -> None:
         super().__init__()
         self.block = block
+        self.padded = padded
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(N, T, D)`` for ``(N, T, D)``; attention is causal without a mask."""
-        out = self.block(x)
-        return out[0] if isinstance(out, tuple) else out
+        if not self.padded:
+            out = self.block(x)
+            return out[0] if isinstance(out, tuple) else out
+        real, seen = attention_mask(x)
+        hidden = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, torch.finfo(x.dtype).min)
+        out = self.block(x, attention_mask=hidden)  # added to the scores, not a table of booleans
+        return (out[0] if isinstance(out, tuple) else out) * real
 
 
 def gpt2(
@@ -37,6 +45,7 @@ def gpt2(
     width: int = 768,
     depth: int = 12,
     num_heads: int = 12,
+    padding: int | None = None,
 ) -> Model:
     """Build GPT-2 as a predictor of the token after a sequence; the head is tied to the word embedding.
 
@@ -52,6 +61,7 @@ def gpt2(
         width: Width of a token, without ``pretrained``.
         depth: Number of blocks, without ``pretrained``.
         num_heads: Attention heads of a block, without ``pretrained``.
+        padding: As in `gpt`.
 
     Raises:
         ImportError: If transformers is not installed.
@@ -94,9 +104,11 @@ def gpt2(
             f"{name!r} has {vocabulary} tokens and sequences of at most {longest}, but the data has {num_classes} and "
             f"{image_size}; set data.vocabulary={vocabulary}, or shorten the sequences."
         )
-    embedding, readout = TokenEmbedding(1, 1, 1), LastToken(1)
+    embedding, readout = TokenEmbedding(1, 1, 1, padding), LastToken(1)
     embedding.wte, embedding.wpe = model.transformer.wte, model.transformer.wpe
     readout.ln_f = model.transformer.ln_f
     blocks = OrderedDict[str, nn.Module](embed=embedding)
-    blocks.update({f"h{index}": HiddenStates(block) for index, block in enumerate(model.transformer.h)})
+    blocks.update(
+        {f"h{index}": HiddenStates(block, padding is not None) for index, block in enumerate(model.transformer.h)}
+    )
     return Model(nn.Sequential(OrderedDict(blocks, readout=readout)), model.lm_head, "lm_head")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -33,6 +35,28 @@ def test_learns_a_successor() -> None:
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.1
+
+
+@pytest.mark.parametrize("kind", ["gpt", "gpt2"])
+def test_padding_at_the_left_is_seen_by_nobody(kind: str) -> None:
+    """The answer is that of the blocks without a mask to the real tokens alone, at the positions where they are."""
+    if kind == "gpt2":
+        pytest.importorskip("transformers", reason="the extra `text` is not installed")
+    make = gpt if kind == "gpt" else partial(gpt2, pretrained=False)
+    models = []
+    for padding in (0, None):
+        torch.manual_seed(0)
+        models.append(make(num_classes=9, image_size=6, width=16, depth=2, num_heads=2, padding=padding))
+    padded, plain = (model.backbone for model in models)
+    tokens = torch.tensor([[0, 0, 3, 0, 5, 1], [0, 0, 0, 0, 0, 7], [4, 2, 8, 1, 6, 3], [0, 0, 0, 0, 0, 0]])
+    found = padded(tokens)
+    for row, begin in enumerate((2, 5, 0)):  # a 0 behind a real token is a token
+        torch.testing.assert_close(found[row : row + 1], plain[1:](plain[0](tokens[row : row + 1])[:, begin:]))
+    assert torch.isfinite(found).all()
+    assert not torch.allclose(found[:2], plain(tokens[:2]), atol=1e-3)
+    found[1].sum().backward()
+    assert not padded[0].wte.weight.grad[0].any()
+    assert not padded[0].wpe.weight.grad[:5].any()
 
 
 def test_sizes_are_checked() -> None:

@@ -45,15 +45,27 @@ def timm_vit() -> Model:
     return timm_model("test_vit2", num_classes=5, image_size=16)  # registers, average pooling
 
 
+def padded_gpt() -> Model:
+    return gpt(num_classes=11, image_size=6, width=16, depth=3, num_heads=2, padding=0)
+
+
 MODELS = {"vit": small_vit, "lenet": small_lenet, "gpt": small_gpt}
-DEEP = {"cnn": small_cnn, "resnet": small_resnet, "timm_resnet": timm_resnet, "timm_vit": timm_vit}
+DEEP = {
+    "cnn": small_cnn,
+    "resnet": small_resnet,
+    "timm_resnet": timm_resnet,
+    "timm_vit": timm_vit,
+    "padded_gpt": padded_gpt,
+}
 
 
 def batch_for(name: str, seed: int = 0, size: int = 3) -> tuple[Tensor, Tensor]:
     """A batch of the inputs that a model of `MODELS` takes."""
     generator = torch.Generator().manual_seed(seed)
-    if name == "gpt":
-        return torch.randint(11, (size, 6), generator=generator), torch.randint(11, (size,), generator=generator)
+    if name.endswith("gpt"):
+        tokens = torch.randint(11, (size, 6), generator=generator)
+        tokens[0, :3] = 0  # padding, for a model that knows of it
+        return tokens, torch.randint(11, (size,), generator=generator)
     return torch.randn(size, 3, 16, 16, generator=generator), torch.randint(5, (size,), generator=generator)
 
 

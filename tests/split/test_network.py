@@ -125,7 +125,7 @@ def assert_equals_in_process(wire: Wire, players: list[Player], losses: list[flo
         assert all(torch.equal(found[name], state[name]) for name in state)
 
 
-@pytest.mark.parametrize(("name", "at"), [("vit", "server"), ("vit", "client"), ("gpt", "server")])
+@pytest.mark.parametrize(("name", "at"), [("vit", "server"), ("vit", "client"), ("padded_gpt", "server")])
 def test_network_and_process_end_with_the_same_bits(name: str, at: str, tmp_path: Path) -> None:
     wire = Wire(name, tmp_path, weight=0.7, at=at)
     try:
