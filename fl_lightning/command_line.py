@@ -11,11 +11,11 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-import fl_lightning.config  # noqa: F401 - registers the schema before Hydra composes
-
-CONF = Path(__file__).resolve().parent.parent / "conf"
+from fl_lightning.overrides import CONF, explain
 
 WORK = {
     "train": "fl_lightning.training",
@@ -38,6 +38,8 @@ def main(name: str) -> None:
         sys.exit(f"error: {error}")
     sys.argv[1:] = arguments
 
+    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
     def run(cfg: DictConfig) -> None:
         folder = Path(HydraConfig.get().runtime.output_dir)
@@ -47,12 +49,20 @@ def main(name: str) -> None:
         except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
             # The sentence is for the user; the traceback, for whoever mends the program, goes to a file beside the run.
             (folder / "error.txt").write_text(traceback.format_exc())
-            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            if full_error:
                 raise
-            print(f"error: {error}\n(the traceback is in {folder / 'error.txt'})", file=sys.stderr)
+            sentence = str(error).splitlines()[0] if isinstance(error, OmegaConfBaseException) else str(error)
+            print(f"error: {sentence}\n(the traceback is in {folder / 'error.txt'})", file=sys.stderr)
             sys.exit(1)
 
-    run()
+    # Hydra then raises what it would otherwise print, over several lines and without the close names.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        run()
+    except (HydraException, OmegaConfBaseException) as error:
+        if full_error:
+            raise
+        sys.exit(f"error: {explain(error, name, arguments)}")
 
 
 def with_resume(arguments: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ import inspect
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Optional
@@ -109,6 +109,10 @@ def instantiate(node: Any, path: str, /, *args: Any, **kwargs: Any) -> Any:
     """
     if node is None:
         return None
+    if not isinstance(node, (Mapping, DictConfig)):
+        raise ValueError(
+            f"{path}: expected a node with _target_, got {node!r}; for one value of it, write {path}.<key>=..."
+        )
     check(node, path)
     try:
         return hydra_instantiate(node, *args, _convert_="all", **kwargs)
@@ -177,7 +181,7 @@ def _check_call(node: Mapping[str, Any], path: str) -> None:
                 f"{'did you mean ' + ' or '.join(close) + '?' if close else 'it takes ' + ', '.join(known)}"
             )
         if key in hints and not fits(value, hints[key]):
-            raise ValueError(f"{path}.{key}: expected {_words(hints[key])}, got {value!r}")
+            raise ValueError(f"{path}.{key}: expected {expected(hints[key])}, got {value!r}")
 
 
 def _hints(target: Any) -> dict[str, Any]:
@@ -232,10 +236,11 @@ def fits(value: Any, hint: Any) -> bool:
     return True
 
 
-def _words(hint: Any) -> str:
+def expected(hint: Any) -> str:
+    """Say an annotation in words."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_words(arg) for arg in args))
+        return " or ".join(dict.fromkeys(expected(arg) for arg in args))
     if origin is typing.Literal:
         return "one of " + ", ".join(map(str, args))
     names: dict[Any, str] = {
@@ -248,7 +253,9 @@ def _words(hint: Any) -> str:
     if hint in names:
         return names[hint]
     if origin is not None and args:
-        return f"{getattr(origin, '__name__', origin)} of {' and '.join(_words(arg) for arg in args if arg is not ...)}"
+        return (
+            f"{getattr(origin, '__name__', origin)} of {' and '.join(expected(arg) for arg in args if arg is not ...)}"
+        )
     return getattr(hint, "__name__", str(hint))
 
 
@@ -256,8 +263,17 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     """Return a configuration as plain dicts and lists, interpolations resolved.
 
     Raises:
-        ValueError: If a value that must be given is missing, by its key.
+        ValueError: If a key was added that nothing reads, or a value that must be given is missing, by its key.
     """
+    schema = OmegaConf.get_type(cfg)
+    known = [entry.name for entry in fields(schema)] if is_dataclass(schema) else [str(key) for key in cfg]
+    for name in map(str, cfg):
+        if name not in known:
+            close = get_close_matches(name, known)
+            raise ValueError(
+                f"{name} is no key of the configuration; "
+                + (f"did you mean {' or '.join(close)}?" if close else f"these are: {', '.join(known)}")
+            )
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ValueError(f"{missing[0]} must be given; add {missing[0]}=... to the command")
