@@ -61,6 +61,18 @@ def test_one_update_or_equal_updates_come_back(aggregator: Aggregator) -> None:
             assert torch.allclose(merged[name], new[name], rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("aggregator", "reference"),
+    [(ServerMomentum(lr=1.0, momentum=0.0), Aggregator()), (TrimmedMean(0.0), Aggregator("uniform"))],
+    ids=["momentum 0", "trim 0"],
+)
+def test_degenerate_rules_are_the_mean(aggregator: Aggregator, reference: Aggregator) -> None:
+    old, received = state(), updates(4)
+    merged, expected = (ready(rule).aggregate(old, received) for rule in (aggregator, reference))
+    for name in old:
+        torch.testing.assert_close(merged[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
 def test_no_update_changes_nothing() -> None:
     old = state()
     merged = ready(Aggregator()).aggregate(old, iter([]))

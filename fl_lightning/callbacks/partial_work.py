@@ -42,7 +42,9 @@ class PartialWork(FederatedCallback):
     @override
     def check(self, module: FederatedModule, trainer: Trainer) -> None:
         if trainer.max_epochs is None or trainer.max_epochs < 2:
-            raise ValueError(f"less than {trainer.max_epochs} epochs is no work; set trainer.max_epochs to 2 or more")
+            raise ValueError(
+                f"partial work needs trainer.max_epochs of at least 2 to cut from, got {trainer.max_epochs}"
+            )
         self._asked = trainer.max_epochs
 
     @override

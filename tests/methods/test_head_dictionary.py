@@ -128,6 +128,23 @@ def test_global_tests_change_nothing(tiny_root: Path, tmp_path: Path) -> None:
         assert_same(one.personal, other.personal)
 
 
+def test_the_dictionary_survives_a_restart(tiny_root: Path, tmp_path: Path) -> None:
+    """One client a round: what the others sent before the restart is nowhere but in the dictionary."""
+    settings = [*SHORT, "cohort.number=1", "loop.rounds=3"]
+    whole = federation(tiny_root, tmp_path / "whole", *settings)
+    whole.fit()
+    stopped = federation(tiny_root, tmp_path / "stopped", *settings)
+    add_recorder(stopped, stop_after=2)
+    stopped.fit()
+    rest = federation(tiny_root, tmp_path / "stopped", *settings, f"resume='{tmp_path / 'stopped'}'")
+    assert rest.resume is not None
+    rest.resume["callbacks"].pop("recorder")
+    rest.fit()
+    assert_same(rest.loop.global_state(), whole.loop.global_state())
+    heads: Any = whole.loop.callbacks["heads"]
+    assert len(heads.heads) > 1
+
+
 def test_body_goes_down_and_body_and_head_come_up(tiny_root: Path, tmp_path: Path) -> None:
     run = federation(tiny_root, tmp_path, *SHORT)
     run.fit()

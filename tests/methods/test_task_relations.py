@@ -42,6 +42,25 @@ def test_what_comes_down_is_the_gradient_of_the_penalty(relations: Any) -> None:
         torch.testing.assert_close(torch.cat([part.flatten() for part in found]), moved.grad[:, index])
 
 
+@pytest.mark.parametrize(("relations", "share"), [("mean", 2 / 3), ("learned", 1 / 1.1)])
+def test_before_anybody_has_moved_clients_are_held_at_the_start(
+    relations: str, share: float, tiny_root: Path, tmp_path: Path
+) -> None:
+    """Omega's diagonal is then 1 - 1/m, or that of the inverse of (1 + epsilon) I: FedProx's penalty, alone."""
+    settings = ["loop.rounds=1", "trainer.max_epochs=3"]
+    tie = ["method=mocha", "callbacks.relations.lam=1.5", f"callbacks.relations.relations={relations}"]
+    pull = [
+        "method=local",
+        "+callbacks.pull._target_=fl_lightning.callbacks.proximal_penalty.ProximalPenalty",
+        f"+callbacks.pull.mu={1.5 * share}",
+    ]
+    runs = [federation(tiny_root, tmp_path / given[0], *settings, *given) for given in (tie, pull)]
+    for run in runs:
+        run.fit()
+    for one, other in zip(runs[0].clients, runs[1].clients, strict=True):
+        torch.testing.assert_close(one.personal, other.personal)
+
+
 def test_a_strong_tie_draws_clients_together(tiny_root: Path, tmp_path: Path) -> None:
     def spread(lam: float) -> float:
         settings = [
