@@ -63,6 +63,9 @@ def main(name: str) -> None:
         if full_error:
             raise
         sys.exit(f"error: {explain(error, name, arguments)}")
+    finally:
+        if not full_error:
+            del os.environ["HYDRA_FULL_ERROR"]
 
 
 def with_resume(arguments: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The scripts as a user runs them."""
+"""The scripts as a user runs them: once in a process of its own, then in this one."""
 
 from __future__ import annotations
 
@@ -10,15 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fl_lightning.command_line import with_resume
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def train(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
-    )
+from fl_lightning.command_line import CONF, with_resume
+from tests.scripts import call
 
 
 def tiny(tiny_root: Path, folder: Path) -> list[str]:
@@ -26,9 +19,12 @@ def tiny(tiny_root: Path, folder: Path) -> list[str]:
     return ["data=folder", f"data.root={tiny_root}", "model=timm", "model.name=resnet10t", f"hydra.run.dir={folder}"]
 
 
-def test_a_run_leaves_what_scripts_rely_on_and_goes_on(tiny_root: Path, tmp_path: Path) -> None:
+def test_a_run_leaves_what_scripts_rely_on_and_goes_on(
+    tiny_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "run"
-    done = train(*tiny(tiny_root, folder), "method=fedavg", "loop.rounds=1", "seed=7")
+    command = [sys.executable, "train.py", *tiny(tiny_root, folder), "method=fedavg", "loop.rounds=1", "seed=7"]
+    done = subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert "global" in done.stdout
     assert "it/s" not in done.stderr, "no bars where nobody watches"
@@ -47,28 +43,30 @@ def test_a_run_leaves_what_scripts_rely_on_and_goes_on(tiny_root: Path, tmp_path
     model = timm.create_model("resnet10t", num_classes=3)
     model.load_state_dict(torch.load(folder / "global_model.pt", weights_only=True), strict=True)
 
-    again = train(*tiny(tiny_root, folder), "loop.rounds=1", "seed=7")
-    assert again.returncode == 1
-    assert "already holds a run" in again.stderr
-    more = train(f"resume={folder}", "loop.rounds=2")
-    assert more.returncode == 0, more.stderr
+    assert call("train", *tiny(tiny_root, folder), "loop.rounds=1", "seed=7") == 1
+    assert "already holds a run" in capsys.readouterr().err
+    assert call("train", f"resume={folder}", "loop.rounds=2") == 0
     assert json.loads((folder / "results.json").read_text())["rounds"] == 2
     assert (folder / "metrics.csv").read_text().count("\n") == 3
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["loop.round=3"], "loop.round"),
-        (["method=fedavgg"], "fedavgg"),
-        (["data=folder", "data.root=/nowhere/at/all"], "/nowhere/at/all"),
-    ],
-)
-def test_mistakes_end_in_a_sentence_without_a_traceback(arguments: list[str], sentence: str, tmp_path: Path) -> None:
-    done = train(*arguments, f"hydra.run.dir={tmp_path / 'run'}")
-    assert done.returncode == 1
-    assert sentence in done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize("name", ["train", "personalize", "study"])
+def test_a_misspelt_key_ends_in_one_sentence(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(name, "optimizer.lrr=1", f"hydra.run.dir={tmp_path / 'run'}") == 1
+    told = capsys.readouterr()
+    assert (told.out, told.err) == ("", "error: there is no optimizer.lrr; did you mean optimizer.lr?\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_that_shows_later_leaves_its_traceback_in_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("train", "data=folder", "data.root=/nowhere/at/all", f"hydra.run.dir={tmp_path / 'run'}") == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert "/nowhere/at/all" in told
+    assert "Traceback" not in told
+    assert "Traceback" in (tmp_path / "run" / "error.txt").read_text()
 
 
 def test_resume_replays_the_overrides_of_the_first_start(tmp_path: Path) -> None:
