@@ -172,7 +172,13 @@ class CorruptedCifar(FederatedData):
         return clients
 
     def _make(self) -> dict[str, TrainTest]:
-        data = read_image_set(self.name, self.root, self.download, channels=3)
+        try:
+            data = read_image_set(self.name, self.root, self.download, channels=3)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"There is neither '{Path(self.root) / FOLDERS[self.name]}' with the published corruptions "
+                f"(labels.npy, {self.corruptions[0]}.npy, …), nor {self.name} to make corruptions of: {error}"
+            ) from error
         train_hands = self._deal(data.train_labels.numpy(), "train")
         test_hands = self._deal(data.test_labels.numpy(), "test")
         clients = {}

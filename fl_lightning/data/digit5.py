@@ -35,7 +35,8 @@ class _Domain:
     Args:
         mat: Files of the Digit-Five archive, for training and for testing (often the same).
         read_mat: From the contents of one of them, and whether training is wanted, to arrays.
-        folder: Folder of the FedBN archive, with ``train.pkl`` and ``test.pkl``.
+        folder: Folder of the FedBN archive, with ``train.pkl``, or ``partitions/train_part0.pkl`` and so on, and
+            ``test.pkl``.
         torchvision: Name in torchvision, if it is there.
     """
 
@@ -146,19 +147,34 @@ class Digit5(FederatedData):
         """Images (N, 3, 32, 32) and labels of one part of a domain."""
         domain, root = DOMAINS[name], Path(self.root)
         file = domain.mat[0 if train else 1]
-        pickled = root / domain.folder / ("train.pkl" if train else "test.pkl")
         for path in (root / file, root / "Digit-Five" / file):
             if path.is_file():
                 return _tensors(*_read_mat(path, domain, train), where=f"'{path}'")
-        if pickled.is_file():
-            return _tensors(*read_pickled_arrays(pickled), where=f"'{pickled}'")
-        if domain.torchvision is not None:
-            x, y = read_published(domain.torchvision, self.root, train, self.download)
-            return conform(x, name, channels=3, resize=IMAGE_SIZE), y
-        raise FileNotFoundError(
+        pickles = _pickles(root / domain.folder, train)
+        if pickles:
+            arrays = [read_pickled_arrays(path) for path in pickles]
+            images, labels = (np.concatenate(parts) for parts in zip(*arrays, strict=True))
+            return _tensors(images, labels, where=f"'{pickles[0]}'")
+        missing = (
             f"The domain '{name}' is missing: put {file} of the Digit-Five archive into '{root}', or the folder "
-            f"{domain.folder} of the FedBN archive (with {pickled.name}); docs/data.md says where to get them."
+            f"{domain.folder} of the FedBN archive (with {'train' if train else 'test'}.pkl); docs/data.md says where "
+            "to get them."
         )
+        if domain.torchvision is None:
+            raise FileNotFoundError(missing)
+        try:
+            x, y = read_published(domain.torchvision, self.root, train, self.download)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{missing} Torchvision's files may stand in: {error}") from error
+        return conform(x, name, channels=3, resize=IMAGE_SIZE), y
+
+
+def _pickles(folder: Path, train: bool) -> list[Path]:
+    """The files of one part in a folder of the FedBN archive: one, or, of training, ten parts of a tenth each."""
+    whole = folder / ("train.pkl" if train else "test.pkl")
+    if whole.is_file() or not train:
+        return [whole] if whole.is_file() else []
+    return sorted((folder / "partitions").glob("train_part*.pkl"))
 
 
 def _read_mat(path: Path, domain: _Domain, train: bool) -> Arrays:

@@ -115,7 +115,10 @@ class ImageFiles:
         for path, label in zip(paths, labels.tolist(), strict=True):
             file = self.root / path
             if not file.is_file():
-                raise FileNotFoundError(f"The image file '{file}' does not exist.")
+                raise FileNotFoundError(
+                    f"The image file '{file}' does not exist, though the data set lists it; unpack the whole archive "
+                    f"into '{self.root}'."
+                )
             digest.update(f"{Path(path).as_posix()}\0{file.stat().st_size}\0{label}\n".encode())
         self._fingerprint = digest.hexdigest()
 

@@ -102,6 +102,22 @@ def test_fedbn_archive(tmp_path: Path, protocol: int) -> None:
     assert np.array_equal(data.clients[2].examples("train")[0].numpy(), svhn)
 
 
+def test_fedbn_archive_in_tenths(tmp_path: Path) -> None:
+    """Its own loader reads ``partitions/train_part<n>.pkl``, so an archive may come without ``train.pkl``."""
+    write_pickles(tmp_path)
+    for folder in tmp_path.iterdir():
+        x, y = read_pickled_arrays(folder / "train.pkl")
+        (folder / "train.pkl").unlink()
+        (folder / "partitions").mkdir()
+        for part in range(10):
+            with open(folder / "partitions" / f"train_part{part}.pkl", "wb") as file:
+                pickle.dump((x[3 * part : 3 * part + 3], y[3 * part : 3 * part + 3]), file)
+    data = Digit5(root=str(tmp_path), val_fraction=0.0)
+    svhn = images(2, 30, 32, 32, 3).transpose(0, 3, 1, 2)
+    assert np.array_equal(data.clients[2].examples("train")[0].numpy(), svhn)
+    assert [client.num_test for client in data.clients] == [20] * 5
+
+
 def test_torchvision_files_stand_in(tmp_path: Path) -> None:
     for file, num in (("usps.bz2", 30), ("usps.t.bz2", 20)):
         rows = [
@@ -111,7 +127,8 @@ def test_torchvision_files_stand_in(tmp_path: Path) -> None:
         (tmp_path / file).write_bytes(bz2.compress("\n".join(rows).encode()))
     data = Digit5(root=str(tmp_path), domains=["usps"])
     assert data.clients[0].num_test == 20
-    with pytest.raises(FileNotFoundError, match="'svhn' is not complete .* put train_32x32.mat and test_32x32.mat"):
+    words = "put svhn_train_32x32.mat .* the folder SVHN .* 'svhn' is not complete .* put train_32x32.mat"
+    with pytest.raises(FileNotFoundError, match=words):
         Digit5(root=str(tmp_path), domains=["usps", "svhn"])
 
 
