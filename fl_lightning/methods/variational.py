@@ -15,14 +15,14 @@ from fl_lightning.aggregators import Aggregator, Weights
 from fl_lightning.callback import FederatedCallback
 from fl_lightning.models.model import Model
 from fl_lightning.module import Batch, FederatedModule, with_value_of
-from fl_lightning.state import State
+from fl_lightning.state import State, without_prefix
 
 if TYPE_CHECKING:
     from fl_lightning.client import Broadcast, Client, Update
 
-PREFIX = "log_std."
 MEMORY = "factor|"
-Gaussian = dict[str, tuple[Tensor, Tensor]]
+# A product of experts may leave a precision of zero or less, which no Gaussian has.
+LEAST_SHARE = 0.01
 
 
 class VariationalModule(FederatedModule):
@@ -59,37 +59,34 @@ class VariationalModule(FederatedModule):
             raise ValueError(f"module.std must be above 0, got {std}")
         if not kl_weight >= 0:
             raise ValueError(f"module.kl_weight must be at least 0, got {kl_weight}")
-        names = [f"backbone.{name}" for name, _ in self.backbone.named_parameters()]
-        # Names of modules may hold no dots.
-        logs = {_key(name): torch.full_like(self.get_parameter(name), std).log() for name in names}
-        self.log_std = nn.ParameterDict({key: nn.Parameter(log) for key, log in logs.items()})
+        logs = {f"backbone.{name}": torch.full_like(p, std).log() for name, p in self.backbone.named_parameters()}
+        self.log_std = nn.ParameterDict({_key(name): nn.Parameter(log) for name, log in logs.items()})
         self.kl_weight = kl_weight
         self.num_examples = 1
-        self.prior: Gaussian = {}
-
-    def gaussian(self) -> Gaussian:
-        """Return mean and logarithm of the standard deviation of each random parameter."""
-        pairs = ((f"backbone.{name}", mean) for name, mean in self.backbone.named_parameters())
-        return {name: (mean, self.log_std[_key(name)]) for name, mean in pairs}
+        self.prior: State = {}
 
     @override
     def on_train_start(self) -> None:
-        self.prior = {name: (m.to(self.device), s.to(self.device)) for name, (m, s) in self.prior.items()}
+        self.prior = {name: tensor.to(self.device) for name, tensor in self.prior.items()}
 
     @override
     def loss(self, batch: Batch) -> Tensor:
         x, y = batch
-        q = self.gaussian()
-        sample = {name: mean + log.exp() * torch.randn_like(mean) for name, (mean, log) in q.items()}
+        q, prior = dict(self.named_parameters()), self.prior
+        parts = random_parts(q)
+        sample = {name: q[name] + q[log].exp() * torch.randn_like(q[name]) for name, log in parts.items()}
         task = functional.cross_entropy(functional_call(self, sample, (x,)), y, label_smoothing=self.label_smoothing)
-        divergences = [kl(*q[name], *prior) for name, prior in self.prior.items()]
-        return with_value_of(task, *(self.kl_weight / self.num_examples * divergence for divergence in divergences))
+        weight = self.kl_weight / self.num_examples
+        return with_value_of(
+            task,
+            *(weight * kl(q[name], q[log], prior[name], prior[log]) for name, log in parts.items() if name in prior),
+        )
 
 
 class ProductOfExperts(Aggregator):
     r"""Multiplies what the clients add into the server's Gaussian: :math:`s \prod_i (q_i / s)^\gamma`.
 
-    Natural parameters are added up. A precision falls to no less than a hundredth of what it was.
+    Natural parameters are added up. In one round a precision falls to no less than a hundredth of what it was.
 
     Args:
         damping: gamma, in (0, 1]; one over the number of clients of a round makes this the mean of natural parameters.
@@ -105,15 +102,12 @@ class ProductOfExperts(Aggregator):
     @override
     def aggregate(self, state: State, updates: Iterable[Update]) -> State:
         received = list(updates)
-        merged = super().aggregate(state, received)
-        for name, log in random_parts(state).items():
-            old_precision, old_shift = precision, shift = natural(state[name], state[log])
-            for update in received:
-                new_precision, new_shift = natural(update.state[name], update.state[log])
-                precision = precision + self.damping * (new_precision - old_precision)
-                shift = shift + self.damping * (new_shift - old_shift)
-            merged[name], merged[log] = moments(precision, shift, floor=0.01 * old_precision)
-        return merged
+        before = natural(state)
+        product = dict(before)
+        for update in received:
+            for name, tensor in natural(update.state).items():
+                product[name] = product[name] + self.damping * (tensor - before[name])
+        return {**super().aggregate(state, received), **moments(product, before)}
 
 
 class ClientFactors(FederatedCallback):
@@ -130,41 +124,53 @@ class ClientFactors(FederatedCallback):
     def on_client_start(self, client: Client, module: FederatedModule, broadcast: Broadcast) -> None:
         assert isinstance(module, VariationalModule)
         module.num_examples = max(1, client.num_examples)
-        module.prior = {}
-        self._server: Gaussian = {}
-        for name, log in random_parts(broadcast.state).items():
-            self._server[name] = precision, shift = natural(broadcast.state[name], broadcast.state[log])
-            own = client.memory.get(MEMORY + log, 0 * precision), client.memory.get(MEMORY + name, 0 * shift)
-            module.prior[name] = moments(precision - own[0], shift - own[1], floor=0.01 * precision)
+        self._server = natural(broadcast.state)
+        own = without_prefix(MEMORY, client.memory)
+        others = {name: tensor - own[name] if own else tensor for name, tensor in self._server.items()}
+        module.prior = moments(others, self._server)
 
     @override
     def on_client_end(self, client: Client, module: FederatedModule, update: Update) -> None:
-        for name, log in random_parts(update.state).items():
-            q = natural(update.state[name], update.state[log])
-            for key, new, old in zip((MEMORY + log, MEMORY + name), q, self._server[name], strict=True):
-                client.memory[key] = client.memory.get(key, 0 * new) + self.damping * (new - old)
+        own = without_prefix(MEMORY, client.memory)
+        for name, tensor in natural(update.state).items():
+            added = self.damping * (tensor - self._server[name])
+            client.memory[MEMORY + name] = own[name] + added if own else added
 
 
 def _key(name: str) -> str:
+    """Return a parameter's name as a key of a ``ParameterDict``, which may hold no dots."""
     return name.replace(".", "/")
 
 
-def random_parts(state: State) -> dict[str, str]:
-    """Return the name of each mean in a state with the name of its logarithm of the standard deviation."""
-    logs = [name for name in state if name.startswith(PREFIX)]
-    return {name.removeprefix(PREFIX).replace("/", "."): name for name in logs}
+def random_parts(names: Iterable[str]) -> dict[str, str]:
+    """Return, for each mean among some names, the name of the logarithm of its standard deviation."""
+    names = list(names)
+    logs = ((name, f"log_std.{_key(name)}") for name in names)
+    return {name: log for name, log in logs if log in names}
 
 
-def natural(mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
-    """Return precision, and precision times mean."""
-    precision = (-2 * log_std).exp()
-    return precision, precision * mean
+def natural(state: State) -> State:
+    """Return natural parameters of the random parts of a state: precision under the name of the logarithm of the
+    standard deviation, precision times mean under that of the mean. Products of Gaussians are sums of them."""
+    found = {}
+    for name, log in random_parts(state).items():
+        found[log] = (-2 * state[log]).exp()
+        found[name] = found[log] * state[name]
+    return found
 
 
-def moments(precision: Tensor, shift: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and logarithm of the standard deviation; a precision below the floor is raised to it."""
-    precision = torch.maximum(precision, floor)
-    return shift / precision, -0.5 * precision.log()
+def moments(parameters: State, before: State) -> State:
+    """Return means and logarithms of standard deviations, the inverse of :func:`natural`.
+
+    Args:
+        parameters: Natural parameters.
+        before: Others, of whose precision each part keeps at least a hundredth.
+    """
+    found = {}
+    for name, log in random_parts(parameters).items():
+        precision = torch.maximum(parameters[log], LEAST_SHARE * before[log])
+        found[name], found[log] = parameters[name] / precision, -0.5 * precision.log()
+    return found
 
 
 def kl(mean: Tensor, log_std: Tensor, prior_mean: Tensor, prior_log_std: Tensor) -> Tensor:

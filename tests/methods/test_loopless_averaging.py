@@ -56,6 +56,7 @@ def test_models_travel_only_when_the_coin_changes(tiny_root: Path, tmp_path: Pat
     size = sum(tensor.nbytes for tensor in run.loop.local.initial.values())
     assert [bool(update.extra) for update in recorder.updates[::3]] == [False, False, True, False, False, False]
     assert run.loop.bytes_up == run.loop.bytes_down == 3 * size
+    assert not any(client.memory for client in run.clients), "the mean is of no use after the next training"
 
 
 def test_the_coin_has_its_probability_and_its_seed() -> None:
