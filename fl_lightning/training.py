@@ -75,8 +75,15 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         return {}
     results = finish(loop, run_folder, config)
     print(result_table(results))
-    print(f"\nrun folder: {folder}\ncurves:     tensorboard --logdir {folder.parent}")
+    print(
+        f"run folder: {folder}\ncurves:     tensorboard --logdir {comparable(folder, Path(config['paths']['log_dir']))}"
+    )
     return results
+
+
+def comparable(folder: Path, logs: Path) -> Path:
+    """Return the folder that holds a run and those to compare it with: ``logs`` if the run is in it."""
+    return logs if folder.absolute().is_relative_to(logs.absolute()) else folder.parent
 
 
 def assemble(config: Mapping[str, Any], run_folder: RunFolder) -> Federation:
@@ -289,20 +296,37 @@ def log_hyperparameters(loop: FederatedLoop, config: Mapping[str, Any], numbers:
         loop.logger.log_metrics(dict(numbers), step=loop.round)
 
 
+VIEWS = {
+    "global": "the global model on every client's test data",
+    "personal": "each client's own model on its own test data",
+    "unseen": "the global model on the test data of clients that never trained",
+    "unseen_personal": "the personal models of clients that never trained, on their own test data",
+}
+"""Which model is scored on whose data."""
+
+
 def result_table(results: Mapping[str, Any]) -> str:
     """Return the results of a run as text for a terminal."""
-    views = ("global", "personal", "unseen", "unseen_personal")
-    rows = [{"model": view, **results[view]} for view in views if results[view] is not None]
+    last = results["rounds"] - 1
+    rows = [{"model": view, **results[view]} for view in VIEWS if results[view] is not None]
+    if results["best_round"] != last:
+        rows += [{"model": f"{view}, last", **results["last"][view]} for view in VIEWS if results["last"][view]]
+    kept = f"the model of round {results['best_round']} (0 to {last}), {results['kept']}"
     title = (
-        f"{results['method']}, {results['rounds']} rounds, seed {results['seed']}: test {results['metric']} "
-        f"(model of round {results['best_round']}, {results['kept']})"
+        f"{results['method']}, {len(results['clients'])} clients, {results['rounds']} rounds, seed {results['seed']}. "
+        f"Kept: {kept if results['rounds'] else 'the initial model'}.\n"
+        f"{results['metric'].capitalize()} on test data, which chose nothing:"
     )
+    words = [f"{view}: {VIEWS[view]}" for view in VIEWS if results[view] is not None]
+    if results["best_round"] != last:
+        words.append(f"last: the same after the last round, {last}")
+    scores = [view for view in ("global", "personal") if results[view] is not None]
     clients = [
-        {"client": entry["name"], **{key: entry[key] for key in ("num_train", "num_test", "global", "personal")}}
+        {"client": entry["name"], **{key: entry[key] for key in ("num_train", "num_val", "num_test", *scores)}}
         for entry in results["clients"]
     ]
-    shown = plain_table(clients) if len(clients) <= 20 else ""
-    return "\n\n".join(part for part in (title, plain_table(rows), shown) if part)
+    tables = f"{title}\n\n{plain_table(rows)}\n" + "\n".join(words) + "\n"
+    return f"{tables}\n{plain_table(clients)}" if len(clients) <= 20 else tables
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Kills a run with SIGKILL at random moments, resumes it, and compares the bits with those of an uninterrupted run.
 
-``python -m tests.stress_kill --kills 30 --method scaffold`` does it from a shell. Children are forked, so that a kill
-costs no import.
+``python -m tests.stress_kill --kills 30 method=scaffold loop.rounds=12`` does it from a shell. Children are forked, so
+that a kill costs no import.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from fl_lightning.checkpoint import read_checkpoint
-from tests.federations import assert_same, federation
+from tests.federations import assert_same, federation, make_tiny_federation
 
 
 def run_child(tiny_root: Path, folder: Path, overrides: list[str]) -> int:
@@ -91,9 +91,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--root", type=Path, required=True, help="a folder of .npz clients")
+    parser.add_argument("--root", type=Path, help="a folder of .npz clients; default: three tiny ones, made here")
     parser.add_argument("overrides", nargs="*", default=["method=scaffold", "loop.rounds=12"])
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        print(stress(options.root, Path(folder), options.overrides, options.kills, options.seed), "kills, equal bits")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        root = options.root or make_tiny_federation(folder / "data")
+        hits = stress(root, folder, options.overrides, options.kills, options.seed)
+        print(f"{' '.join(options.overrides)}: {hits} kills, equal bits")
     sys.exit(0)

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fl_lightning.command_line import CONF
 from fl_lightning.config import check, instantiate
+from fl_lightning.personalization.strategy import build_strategies
 
 GROUPS = ("data", "model", "optimizer", "trainer", "executor", "logger", "method", "experiment")
 OPTIONS = [
@@ -25,22 +26,28 @@ def composed(name: str, *overrides: str) -> DictConfig:
         return compose(name, list(overrides))
 
 
-def uses_personalize(group: str, option: str) -> bool:
-    text = (CONF / group / f"{option}.yaml").read_text()
-    return "personalize.py" in text.splitlines()[0] if text else False
-
-
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=["/".join(pair) for pair in OPTIONS])
 def test_every_option_composes_and_names_existing_arguments(group: str, option: str) -> None:
     cfg = composed(
         "train", f"{group}={option}", *(["data.root=somewhere"] if group == "data" and option != "digits" else [])
     )
     for key, node in cfg.items():
-        if isinstance(node, DictConfig) and not OmegaConf.is_missing(cfg, key):
-            content = dict(node.items_ex(resolve=False)) if node else {}
-            if not OmegaConf.missing_keys(node):
-                check(node, str(key))
-            assert content is not None
+        if isinstance(node, DictConfig) and not OmegaConf.missing_keys(node):
+            check(node, str(key))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "personalization").glob("*.yaml")))
+def test_every_strategy_can_be_made(name: str) -> None:
+    if name == "lora_ft":
+        pytest.importorskip("peft")
+    strategies = build_strategies(composed("personalize", "checkpoint=somewhere", f"personalization=[{name}]"))
+    assert {strategy.name for strategy in strategies} == {"none", "local", name}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "data" / "partition").glob("*.yaml")))
+def test_every_partition_composes_and_names_existing_arguments(name: str) -> None:
+    cfg = composed("train", "data=cifar10", "data.root=somewhere", f"data/partition={name}")
+    check(cfg.data, "data")
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "model").glob("*.yaml")))

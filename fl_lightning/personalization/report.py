@@ -93,7 +93,7 @@ def report(
         save_matrices(name, matrices, run_folder)
     rows = [_row(name, results["methods"][name]) for name in groups]
     title = (
-        f"{source.data.name}, {len(datas)} clients, from {source.description['checkpoint']}, "
+        f"{source.data.name}, {len(datas)} clients, each with the global model of {source.description['checkpoint']}; "
         f"{config['trainer'].get('max_epochs')} epochs, seed {config['seed']}, {config['seeds']} run(s)"
     )
     harmed = [harm_row(name, results["methods"][name]) for name in groups if name != "none"]
@@ -107,8 +107,10 @@ def report(
         log_numbers(groups, datas, logger)
         logger.finalize("success")
     write_json(run_folder.results, results)
-    print(f"{title}\n\n{plain_table(rows, best=BEST)}\n{DEFINITIONS}\n\n{HARM}\n\n{plain_table(harmed)}")
-    print(f"run folder: {run_folder.path}")
+    print(f"{title}\n\n{plain_table(rows, best=BEST)}\n*: the highest of its column. {DEFINITIONS}\n")
+    print(f"{HARM}\n\n{plain_table(harmed)}")
+    place = run_folder.path
+    print(f"run folder: {place}\ncurves:     tensorboard --logdir {place}\npictures:   {run_folder.figures}")
     return results
 
 
