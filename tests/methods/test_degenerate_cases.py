@@ -9,7 +9,7 @@ import torch
 
 from fl_lightning.state import State
 from fl_lightning.training import Federation
-from tests.federations import assert_same, federation
+from tests.federations import add_recorder, assert_same, federation
 
 PLAIN = ["trainer.max_epochs=1", "aggregator.weights=examples"]
 CLIPPED = ["trainer.gradient_clip_val=0.05"]
@@ -114,6 +114,25 @@ def test_without_body_epochs_the_body_stays(method: str, tiny_root: Path, tmp_pa
         torch.testing.assert_close(tensor, run.loop.local.initial[name])
 
 
+def test_fedrep_fits_the_head_before_the_body(tiny_root: Path, tmp_path: Path) -> None:
+    """What the head learns from the body that came does not depend on whether the body trains afterwards."""
+    runs = []
+    for body_epochs in (0, 1):
+        settings = [
+            "method.head_epochs=2",
+            f"method.body_epochs={body_epochs}",
+            "callbacks.final=null",
+            "loop.rounds=1",
+        ]
+        epochs = f"trainer.max_epochs={2 + body_epochs}"
+        runs.append(train(tiny_root, tmp_path / str(body_epochs), "method=fedrep", *settings, epochs))
+    for one, other in zip(runs[0].clients, runs[1].clients, strict=True):
+        assert_same(one.personal, other.personal)
+    name = "backbone.conv1.weight"
+    assert torch.equal(runs[0].loop.state[name], runs[0].loop.local.initial[name])
+    assert not torch.equal(runs[1].loop.state[name], runs[1].loop.local.initial[name])
+
+
 def test_fedbabu_keeps_the_head_and_sends_the_body_alone(tiny_root: Path, tmp_path: Path) -> None:
     run = train(tiny_root, tmp_path / "run", "method=fedbabu", "callbacks.final=null")
     initial = run.loop.local.initial
@@ -137,3 +156,28 @@ def test_methods_without_a_global_head_report_none(
     assert sum("no global model" in message for message in caplog.messages) == 1
     assert not any("/global/" in key for row in run.loop.history for key in row)
     assert all("test/personal/mean" in row for row in run.loop.history)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "uniform"),
+    [
+        ("fedrep", ["method.head_epochs=1", "trainer.max_epochs=2", "callbacks.final=null"], False),
+        ("lg_fedavg", [], True),
+        ("fedbabu", ["callbacks.final=null"], True),
+        ("per_fedavg", ["callbacks.adaptation=null"], True),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_clients_weigh_what_the_method_says(
+    method: str, settings: list[str], uniform: bool, tiny_root: Path, tmp_path: Path
+) -> None:
+    """Those that no case above compares with FedAvg or with its uniform mean."""
+    run = federation(tiny_root, tmp_path, f"method={method}", *settings, "loop.rounds=1", "seed=5")
+    recorder = add_recorder(run)
+    run.fit()
+    shares = [1.0 if uniform else client.num_examples for client in run.clients]
+    assert len(set(shares)) == (1 if uniform else 3)
+    for name, tensor in run.loop.state.items():
+        if tensor.is_floating_point():
+            terms = [share * update.state[name] for share, update in zip(shares, recorder.updates, strict=True)]
+            torch.testing.assert_close(tensor, torch.stack(terms).sum(0) / sum(shares))
