@@ -20,6 +20,7 @@ from fl_lightning.split.traffic import Traffic
 
 log = logging.getLogger(__name__)
 
+FIRST_WAIT = 0.05  # seconds until a call is repeated; it doubles up to a second
 RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 
 
@@ -91,7 +92,7 @@ class Line:
                 f"a message of {len(payload)} bytes is longer than the {self.max_bytes} that are allowed; "
                 "lower the batch size, cut elsewhere, or raise the limit at both ends (--max-bytes)."
             )
-        deadline, wait = time.monotonic() + self.patience, 0.05
+        deadline, wait = time.monotonic() + self.patience, FIRST_WAIT
         method = self._channel.unary_unary(f"/{SERVICE}/{name}")
         while True:
             try:
@@ -108,7 +109,11 @@ class Line:
                         f"the server at {self.address} does not answer {name} ({code.name}) for {self.patience:.0f} s; "
                         "start it again from its folder, then this client from its own: both go on where they were."
                     ) from error
-                log.warning("%s: server at %s not reached (%s), calling again", name, self.address, code.name)
+                if wait == FIRST_WAIT:
+                    log.warning(
+                        "%s: the server at %s is not reached (%s); it is called again for %.0f s",
+                        name, self.address, code.name, self.patience,
+                    )  # fmt: skip
             time.sleep(wait)
             wait = min(2 * wait, 1.0)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import signal
 import sys
 import threading
@@ -15,8 +14,6 @@ from fl_lightning.split.module import SplitModule
 from fl_lightning.split.peer import certificates, fingerprint, make_server, parser, prepare, read_config, require_safety
 from fl_lightning.split.service import SplitService, start
 from fl_lightning.training import new_module
-
-log = logging.getLogger(__name__)
 
 
 def build(options: argparse.Namespace) -> SplitService:

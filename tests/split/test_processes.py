@@ -17,6 +17,7 @@ from fl_lightning.checkpoint import read_tensors
 from tests.federations import federation
 
 SETTINGS = ["method=flexp_sfl", "model=lenet5", "data.batch_size=8", "loop.rounds=3", "seed=3"]
+LONG = ["method=flexp_sfl", "model=lenet5", "data.batch_size=8", "loop.rounds=10000", "seed=3"]
 TINY = ["~model", "+model._target_=tests.federations.tiny_model"]
 SECONDS = 300
 
@@ -24,13 +25,13 @@ SECONDS = 300
 class Processes:
     """Starts processes and makes sure that none outlives the test."""
 
-    def __init__(self, root: Path, folder: Path) -> None:
-        self.root, self.folder, self.running = root, folder, []
+    def __init__(self, root: Path, folder: Path, settings: list[str] = SETTINGS) -> None:
+        self.root, self.folder, self.settings, self.running = root, folder, settings, []
 
     def start(self, module: str, name: str, *options: str) -> subprocess.Popen:
         process = subprocess.Popen(
             [sys.executable, "-m", f"fl_lightning.split.{module}", f"--folder={self.folder / name}", *options,
-             *SETTINGS, "data=folder", f"data.root={self.root}", *TINY],
+             *self.settings, "data=folder", f"data.root={self.root}", *TINY],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             cwd=Path(__file__).resolve().parents[2],
@@ -52,7 +53,9 @@ class Processes:
         raise AssertionError("the server did not start")
 
     def client(self, number: int, port: int) -> subprocess.Popen:
-        return self.start("client", f"client{number}", f"--client={number}", f"--server=127.0.0.1:{port}")
+        return self.start(
+            "client", f"client{number}", f"--client={number}", f"--server=127.0.0.1:{port}", f"--patience={SECONDS}"
+        )
 
     def close(self) -> None:
         for process in self.running:
@@ -87,7 +90,7 @@ def test_processes_end_with_the_bits_of_the_federated_loop(kill: bool, tiny_root
             output, _ = process.communicate(timeout=deadline - time.monotonic())
             assert process.returncode == 0, output
             assert f"client {number} (" in output
-        assert processes.serving.wait(timeout=10) == 0
+        assert processes.serving.wait(timeout=deadline - time.monotonic()) == 0
     finally:
         processes.close()
     body = read_tensors(tmp_path / "server" / "server.pt")["body"]
@@ -114,7 +117,58 @@ def test_killed_client_is_passed_over_and_comes_back(tiny_root: Path, tmp_path: 
         for process in clients:
             output, _ = process.communicate(timeout=deadline - time.monotonic())
             assert process.returncode == 0, output
-        assert processes.serving.wait(timeout=10) == 0
+        assert processes.serving.wait(timeout=deadline - time.monotonic()) == 0
     finally:
         processes.close()
     assert read_tensors(tmp_path / "client0" / "client.pt")["round"] == 3
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_every_process_in_one_line_and_a_restarted_federation_goes_on(
+    tiny_root: Path, tmp_path: Path
+) -> None:
+    processes, deadline = Processes(tiny_root, tmp_path, LONG), time.monotonic() + SECONDS
+    checkpoint = tmp_path / "client0" / "client.pt"
+    try:
+        for begun in (0, 1):
+            port = processes.server(0)
+            clients = [processes.client(number, port) for number in range(3)]
+            wait_for(checkpoint, deadline)
+            before = read_tensors(checkpoint)["round"]
+            while read_tensors(checkpoint)["round"] == before:
+                assert time.monotonic() < deadline, "the clients do not go on"
+                time.sleep(0.1)
+            assert before >= begun
+            for process in clients:
+                process.send_signal(signal.SIGINT)
+                output, _ = process.communicate(timeout=deadline - time.monotonic())
+                assert process.returncode == 1, output
+                assert output.endswith("stopped; the same command goes on from the last finished round\n")
+                assert "Traceback" not in output
+            processes.serving.send_signal(signal.SIGINT)
+            output, _ = processes.serving.communicate(timeout=deadline - time.monotonic())
+            assert processes.serving.returncode == 0, output
+            assert "Traceback" not in output
+            assert re.search(r"served \d+ steps, \d+ bytes up and \d+ down\n$", output)
+    finally:
+        processes.close()
+
+
+@pytest.mark.slow
+def test_clients_with_other_settings_are_told_which(tiny_root: Path, tmp_path: Path) -> None:
+    processes = Processes(tiny_root, tmp_path)
+    try:
+        port = processes.server(0)
+        for settings, words in (
+            ([*SETTINGS[:-1], "seed=4"], "another seed than"),
+            ([*SETTINGS, "module.start=1", "module.end=0"], "another module (where the model is cut, lr_factors) than"),
+            ([*SETTINGS, "callbacks.server.policy.cuts=[1]"], "another callbacks.server (cuts, alignment) than"),
+        ):
+            processes.settings = settings
+            process = processes.client(0, port)
+            output, _ = process.communicate(timeout=SECONDS)
+            assert process.returncode == 1
+            assert f"error: the server at 127.0.0.1:{port} refuses Join: this client was started with {words}" in output
+            assert "Traceback" not in output
+    finally:
+        processes.close()
