@@ -30,7 +30,7 @@ class ControlVariates(FederatedCallback):
     for what was frozen meanwhile over the steps in which it trained. For plain SGD of a constant rate that *is* the
     paper's option II, :math:`c_i - c + (x - y_i) / (K \eta)`; unlike the formula it also means something with momentum,
     schedules or Adam. Up go the model and the change of :math:`c_i`, down the model and :math:`c`: twice the traffic of
-    FedAvg.
+    FedAvg. Parameters that stay at the client are left alone.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,8 @@ class ControlVariates(FederatedCallback):
     @override
     def on_broadcast(self, loop: FederatedLoop, client: Client, broadcast: Broadcast) -> None:
         if not self.control:
-            self.control = {name: torch.zeros_like(loop.local.initial[name]) for name in loop.aggregator.parameters}
+            parameters = loop.aggregator.parameters
+            self.control = {name: torch.zeros_like(tensor) for name, tensor in loop.state.items() if name in parameters}
         broadcast.extra.update(with_prefix(PREFIX, self.control))
 
     @override
@@ -57,13 +58,13 @@ class ControlVariates(FederatedCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_scaled_gradients(self, trainer)
-        self._correction = {
-            name: (self._server[name] - self._own[name]).to(p.device) for name, p in pl_module.named_parameters()
-        }
+        difference = {name: c - self._own[name] for name, c in self._server.items()}
+        self._correction = {name: tensor.to(pl_module.device) for name, tensor in difference.items()}
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        named = [(name, p.grad) for name, p in pl_module.named_parameters() if p.grad is not None]
+        parameters = pl_module.named_parameters()
+        named = [(name, p.grad) for name, p in parameters if p.grad is not None and name in self._correction]
         gradients = [gradient for _, gradient in named]
         with torch.no_grad():
             self._sums.update({name: torch.zeros_like(g) for name, g in named if name not in self._sums})

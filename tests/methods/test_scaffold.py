@@ -80,3 +80,12 @@ def test_what_is_frozen_for_a_while_has_its_mean_over_the_steps_in_which_it_trai
         if steps:  # the variates are 0 in the first round
             expected = (run.loop.local.initial[name] - update.state[name]) / (steps * 0.1)
             torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_what_stays_at_the_client_has_no_variate(tiny_root: Path, tmp_path: Path) -> None:
+    run = federation(tiny_root, tmp_path, "method=scaffold", "sharing.personal=[head]")
+    run.fit()
+    control: Any = run.loop.callbacks["control"]
+    shared = {name for name, _ in run.module.named_parameters() if name.startswith("backbone.")}
+    assert control.control.keys() == shared
+    assert without_prefix(PREFIX, run.clients[0].memory).keys() == shared
