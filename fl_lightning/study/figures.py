@@ -71,7 +71,15 @@ def draw_variants(values: Mapping[str, Mapping[str, tuple[MeanStd, MeanStd]]]) -
         axes.set_ylabel(f"{title} accuracy (%)")
         axes.grid(axis="y", alpha=0.3)
     handles = [
-        Line2D([], [], color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], markersize=5, label=name)
+        Line2D(
+            [],
+            [],
+            color=COLOURS[i % len(COLOURS)],
+            marker=MARKERS[i % len(MARKERS)],
+            linestyle=":" if name == UNTUNED else "-",
+            markersize=5,
+            label=name,
+        )
         for i, name in enumerate(strategies)
     ]
     axes.legend(handles=handles, bbox_to_anchor=(1.01, 1), loc="upper left", fontsize=9)

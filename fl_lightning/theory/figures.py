@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from scipy.optimize import brentq
 from torch import Tensor
 
+from fl_lightning.evaluation.figures import COLOURS
 from fl_lightning.theory.closed_forms import (
     alignment,
     concept_shift_difference,
@@ -24,7 +25,8 @@ from fl_lightning.theory.closed_forms import (
 from fl_lightning.theory.linear_model import LinearProblem, simulate
 from fl_lightning.theory.sweep import SweepRow
 
-_UNTUNED, _LPFT, _FT, _MATCHED = "#777777", "#0072b2", "#d55e00", "#e69f00"
+_UNTUNED, _LPFT, _FT, _MATCHED = COLOURS[6], COLOURS[0], COLOURS[1], COLOURS[4]
+_COUNTS = (COLOURS[2], COLOURS[3], COLOURS[5], COLOURS[7])  # numbers of clients: none of the models' colours
 _MAP = "RdBu"  # blue, like LP-FT's curve, where LP-FT wins
 
 
@@ -186,7 +188,7 @@ def draw_critical_step_size(
     figure, (left, right) = _panels(1, 2, width=11)
     fine = np.linspace(min(strengths), max(strengths), 200)
     left.plot(fine, [critical_step_size(s) for s in fine], color="black", label=r"$\eta^* = 1/(2(1+s))$")
-    for num_clients, marker in zip(random_problems, "osD^v<>*", strict=False):
+    for index, (num_clients, marker) in enumerate(zip(random_problems, "osD^v<>*", strict=False)):
         found = []
         for s in strengths:
             problem = problem_at(s, num_clients)
@@ -197,14 +199,21 @@ def draw_critical_step_size(
 
             found.append(brentq(gap, 0.1 * critical_step_size(s), 10 * critical_step_size(s)))
         left.plot(
-            strengths, found, marker, markersize=11 - num_clients**0.5 * 2, fillstyle="none", label=f"C = {num_clients}"
+            strengths,
+            found,
+            marker,
+            color=_COUNTS[index % len(_COUNTS)],
+            markersize=11 - num_clients**0.5 * 2,
+            fillstyle="none",
+            markeredgewidth=1.6,
+            label=f"C = {num_clients}",
         )
     left.set_xlabel("$s = \\|V^*_{com}\\|^2$")
     left.set_ylabel("step size where the winner changes")
     left.set_title("Orthonormal $e_i$, simulated sign change")
     left.legend()
     ratios = torch.linspace(0.01, 2, 400, dtype=torch.float64)
-    for num_clients, problems in random_problems.items():
+    for index, (num_clients, problems) in enumerate(random_problems.items()):
         wins = [
             torch.cat(
                 [
@@ -215,11 +224,14 @@ def draw_critical_step_size(
             >= 0
             for r in ratios.tolist()
         ]
-        right.plot(ratios, torch.stack(wins).double().mean(dim=1), label=f"C = {num_clients}")
+        # Thinner and thinner, so that lines that lie on each other can all be seen.
+        width = 3.6 - 2.2 * index / max(len(random_problems) - 1, 1)
+        share = torch.stack(wins).double().mean(dim=1)
+        right.plot(ratios, share, color=_COUNTS[index % len(_COUNTS)], linewidth=width, label=f"C = {num_clients}")
     right.axvline(1, color="black", linestyle="--", label=r"$\eta^*$")
     right.set_xlabel(r"$\eta / \eta^*$")
     right.set_ylabel("share of clients where LP-FT is no worse")
-    right.set_title("Random unit $e_i$: some clients win below $\\eta^*$")
+    right.set_title("Random unit $e_i$: where LP-FT wins below $\\eta^*$ too")
     right.legend(loc="lower right")
     figure.suptitle("Concept shift: the critical step size")
     return figure
@@ -242,8 +254,8 @@ def draw_finite_samples(rows_by_samples: Mapping[str, Sequence[SweepRow]], title
         axes.set_yscale("symlog", linthresh=0.1)
         axes.set_ylim(bottom=0)
         _mark_critical(axes, first.eta_star)
-    left.set_ylabel("global population loss")
-    right.set_ylabel("local population loss")
+    left.set_ylabel("global population loss (linear below 0.1)")
+    right.set_ylabel("local population loss (linear below 0.1)")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=9)
     figure.suptitle(title)
