@@ -25,10 +25,10 @@ from fl_lightning.local import LocalTraining
 from fl_lightning.module import FederatedModule
 from fl_lightning.split.alignment import Alignment
 from fl_lightning.split.cut import Cut
+from fl_lightning.split.fingerprint import differences, fingerprint
 from fl_lightning.split.module import SplitModule
-from fl_lightning.split.peer import certificates, fingerprint, make_server, parser, prepare, read_config, require_safety
+from fl_lightning.split.peer import certificates, make_server, parser, prepare, read_config, require_safety
 from fl_lightning.split.remote import Line, NetworkExchange
-from fl_lightning.split.service import differences
 from fl_lightning.split.traffic import Traffic
 from fl_lightning.state import load, snapshot
 from fl_lightning.training import new_module

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
+from fl_lightning.split.alignment import Alignment
 from fl_lightning.split.body import ServerBody
 from fl_lightning.split.cut import Cut
 from fl_lightning.split.traffic import Traffic
@@ -16,12 +17,14 @@ class Exchange(ABC):
 
     Attributes:
         cut: The client's cut.
+        alignment: How its private top is held near the body.
         traffic: What was sent so far.
         batches: The sizes of the batches that were trained, in their order.
     """
 
-    def __init__(self, cut: Cut) -> None:
+    def __init__(self, cut: Cut, alignment: Alignment) -> None:
         self.cut = cut
+        self.alignment = alignment
         self.traffic = Traffic()
         self.batches: list[int] = []
 
@@ -46,9 +49,9 @@ class Exchange(ABC):
         """Called when the loss of a batch has gone backward."""
 
     @property
-    @abstractmethod
     def aligns(self) -> bool:
         """Whether the base's output is wanted: there is an alignment, and a private top to align."""
+        return self.alignment.place is not None and self.cut.at > self.cut.start
 
 
 class InProcessExchange(Exchange):
@@ -58,12 +61,8 @@ class InProcessExchange(Exchange):
     """
 
     def __init__(self, body: ServerBody, cut: Cut) -> None:
-        super().__init__(cut)
+        super().__init__(cut, body.alignment)
         self.body = body
-
-    @property
-    def aligns(self) -> bool:
-        return self.body.alignment.place is not None and self.cut.at > self.cut.start
 
     def train(self, activation: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor | None]:
         self.body.train()
@@ -71,12 +70,12 @@ class InProcessExchange(Exchange):
         self.traffic.add("activation_up", activation, base)
         output = self.body.output(self.cut, activation)
         copies = None if base is None else self.body.copies(self.cut, base.detach())
-        self.traffic.add("activation_down", output, copies if self.body.alignment.place == "client" else None)
+        self.traffic.add("activation_down", output, copies if self.alignment.place == "client" else None)
         if output.requires_grad:  # not where front and body are frozen: then no gradient passes
             output.register_hook(lambda gradient: self.traffic.add("gradient_up", gradient))
         if activation.requires_grad:
             activation.register_hook(lambda gradient: self.traffic.add("gradient_down", gradient))
-        return output, None if copies is None else self.body.alignment(activation, copies)
+        return output, None if copies is None else self.alignment(activation, copies)
 
     def evaluate(self, activation: Tensor) -> Tensor:
         self.body.train(False)

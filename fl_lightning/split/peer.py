@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import ipaddress
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +15,6 @@ from hydra import compose, initialize_config_dir
 import fl_lightning.config as config_schema
 from fl_lightning.command_line import CONF
 from fl_lightning.split.messages import MAX_BYTES
-from fl_lightning.split.module import SplitModule
 from fl_lightning.split.sharing import SplitSharing
 from fl_lightning.split.split_server import SplitServer
 
@@ -66,24 +63,6 @@ def make_server(config: dict[str, Any]) -> SplitServer:
     server = config_schema.instantiate(config["callbacks"]["server"], "callbacks.server")
     assert isinstance(server, SplitServer)
     return server
-
-
-def fingerprint(config: dict[str, Any], module: SplitModule) -> dict[str, str]:
-    """Return hashes of what both ends must have in common, by the words that tell a user what differs."""
-    shapes = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
-    what = {
-        "method": config["method"],
-        "seed": config["seed"],
-        "precision": config["trainer"].get("precision"),
-        "model": config["model"],
-        "module (where the model is cut, lr_factors)": config["module"],
-        "callbacks.server (cuts, alignment)": config["callbacks"]["server"],
-        "size of inputs or number of classes": [list(module.blocks), shapes],
-    }
-    return {
-        part: hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        for part, value in what.items()
-    }
 
 
 def certificates(options: argparse.Namespace) -> tuple[bytes | None, bytes | None, bytes | None]:

@@ -49,13 +49,8 @@ class Line:
             raise ValueError(
                 f"`timeout` must be above 0 and `patience` at least 0 seconds, got {timeout} and {patience}."
             )
-        self.address, self.client, self.timeout, self.patience, self.max_bytes = (
-            address,
-            client,
-            timeout,
-            patience,
-            max_bytes,
-        )
+        self.address, self.client = address, client
+        self.timeout, self.patience, self.max_bytes = timeout, patience, max_bytes
         options = [
             ("grpc.max_receive_message_length", max_bytes),
             ("grpc.max_send_message_length", max_bytes),
@@ -137,16 +132,11 @@ class NetworkExchange(Exchange):
     """
 
     def __init__(self, line: Line, cut: Cut, alignment: Alignment, ticket: int, traffic: Traffic | None = None) -> None:
-        super().__init__(cut)
+        super().__init__(cut, alignment)
         self.traffic = traffic or Traffic()
-        self.line, self.alignment, self.ticket = line, alignment, ticket
+        self.line, self.ticket = line, ticket
         self.scale = 1.0
         self._anchor = torch.zeros((), requires_grad=True)  # so that messages 3 and 4 follow even from a frozen front
-
-    @property
-    @override
-    def aligns(self) -> bool:
-        return self.alignment.place is not None and self.cut.at > self.cut.start
 
     @override
     def train(self, activation: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import grpc
 
+from fl_lightning.split.fingerprint import fingerprint
 from fl_lightning.split.module import SplitModule
-from fl_lightning.split.peer import certificates, fingerprint, make_server, parser, prepare, read_config, require_safety
+from fl_lightning.split.peer import certificates, make_server, parser, prepare, read_config, require_safety
 from fl_lightning.split.service import SplitService, start
 from fl_lightning.training import new_module
 

@@ -19,6 +19,7 @@ from fl_lightning import atomic
 from fl_lightning.checkpoint import read_tensors
 from fl_lightning.split.body import ServerBody
 from fl_lightning.split.cut import Cut
+from fl_lightning.split.fingerprint import differences
 from fl_lightning.split.messages import (
     MAX_BYTES,
     REQUEST_TENSORS,
@@ -261,12 +262,6 @@ class SplitService:
         self.turns.round, self.turns.client = content["turn"]
         self.steps, self.finished = content["steps"], set(content["finished"])
         log.info("going on from %s after %d steps", path, self.steps)
-
-
-def differences(expected: Mapping[str, str], given: Any) -> str:
-    """Return in words in what a fingerprint differs from another; nothing if it does not."""
-    parts = given if isinstance(given, dict) else {}
-    return ", ".join(f"another {part}" for part in expected if expected[part] != parts.get(part))
 
 
 def start(
