@@ -333,6 +333,9 @@ def test_a_page_that_cannot_be_made_stays_as_it_is(tmp_path: Path) -> None:
     target.write_text(f"{page.BEGIN}\nold\n{page.END}\n")
     with pytest.raises(SystemExit, match="has no table.md; run python study.py experiment=lpft/two first"):
         page.main(["--logs", str(tmp_path), "--page", str(target), "--experiments", "lpft/one", "lpft/two"])
+    (tmp_path / "lpft" / "one" / "results.json").write_text('{"all": {}}')
+    with pytest.raises(SystemExit, match="is of an earlier version"):
+        page.main(["--logs", str(tmp_path), "--page", str(target), "--experiments", "lpft/one"])
     assert target.read_text() == f"{page.BEGIN}\nold\n{page.END}\n"
 
 

@@ -52,7 +52,7 @@ def write(page: Path, logs: Path, experiments: Sequence[str]) -> None:
 
     Raises:
         FileNotFoundError: If an experiment has not been run.
-        ValueError: If the page has not both marks, once each.
+        ValueError: If the page has not both marks, once each, or an experiment was run before times were kept.
     """
     text = page.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
@@ -63,6 +63,8 @@ def write(page: Path, logs: Path, experiments: Sequence[str]) -> None:
                 raise FileNotFoundError(
                     f"{logs / experiment} has no {name}; run python study.py experiment={experiment} first"
                 )
+        if "seconds" not in read_json(logs / experiment / "results.json"):
+            raise ValueError(f"{logs / experiment} is of an earlier version; run python study.py --multirun again")
     figures = page.parent / "figures"
     figures.mkdir(exist_ok=True)
     for old in figures.glob(f"{PREFIX}*.png"):
