@@ -7,17 +7,19 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
 import torch
 
 from fl_lightning.split.alignment import Alignment
+from fl_lightning.split.client import RemoteClient
 from fl_lightning.split.cut import Cut
 from fl_lightning.split.latency import batch_bytes
 from fl_lightning.split.messages import MessageError, decode, encode
 from fl_lightning.split.module import SplitModule
-from fl_lightning.split.peer import require_safety
+from fl_lightning.split.peer import read_config, require_safety
 from fl_lightning.split.profile import profile_model
 from fl_lightning.split.remote import Line, NetworkExchange
 from fl_lightning.split.service import SplitService, start
@@ -413,6 +415,26 @@ def test_foreign_checkpoints_are_refused_by_name(wire: Wire, tmp_path: Path) -> 
     wire.checkpoint.write_bytes(b"half a file")
     with pytest.raises(ValueError, match=r"server.pt is damaged"):
         SplitService(body, cuts, MODEL, wire.checkpoint)
+
+
+def test_client_goes_on_with_its_own_cut_or_not_at_all(tiny_root: Path, tmp_path: Path) -> None:
+    """The server chooses cuts by what it measures, so a new one may choose otherwise for the same settings."""
+    settings = ["method=flexp_sfl", "module.end=0", "data=folder", f"data.root={tiny_root}", "~model"]
+    config = read_config([*settings, "+model._target_=tests.federations.tiny_model"])
+    alignment = {"weight": 0.25, "at": "server", "kl_reduction": "per_token"}
+
+    def answers(at: int) -> SimpleNamespace:
+        header = {"cut": [1, at, 3], "ticket": 4, "traffic": {}, "schedule": "sequential", "alignment": alignment}
+        return SimpleNamespace(call=lambda *_: (header, {}))
+
+    RemoteClient(config, 0, answers(1), tmp_path)._save()
+    assert RemoteClient(config, 0, answers(1), tmp_path).exchange.ticket == 4
+    with pytest.raises(ValueError, match=r"client.pt was trained with the cut 1, but the server has chosen 2; start"):
+        RemoteClient(config, 0, answers(2), tmp_path)
+    with pytest.raises(ValueError, match=r"client.pt belongs to a client with another number, 0; choose another"):
+        RemoteClient(config, 1, answers(1), tmp_path)
+    with pytest.raises(ValueError, match=r"client.pt belongs to a client with another seed; choose another"):
+        RemoteClient({**config, "seed": 5}, 0, answers(1), tmp_path)
 
 
 def test_activations_do_not_leave_the_machine_in_the_clear() -> None:
