@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from fl_lightning.callback import FederatedCallback
+from fl_lightning.callbacks.after_fit_evaluation import AfterFitEvaluation
 from fl_lightning.evaluation.predict import score_clients
 from tests.federations import federation
 
@@ -26,6 +28,25 @@ def test_it_scores_what_the_fit_left_and_says_so(tiny_root: Path, tmp_path: Path
     row = run.loop.history[-1]
     assert row["test/after_fit/mean"] == pytest.approx(sum(scores.values()) / len(scores))
     assert run.loop.callbacks["after_fit"].results(run.loop)["after_fit"]["worst"] == min(scores.values())  # type: ignore[union-attr]
+
+
+def test_a_second_model_is_what_is_scored(tiny_root: Path, tmp_path: Path) -> None:
+    """Ditto's personal model is not merged: after the fit it scores what it scores after the round."""
+    run = federation(tiny_root, tmp_path, "method=ditto", AFTER_FIT, "loop.rounds=1", "optimizer.lr=0.02")
+    run.fit()
+    [row] = run.loop.history
+    assert row["test/after_fit/mean"] == row["test/personal/mean"]
+
+
+def test_the_weighted_mean_weighs_test_examples() -> None:
+    callback = AfterFitEvaluation()
+    callback.scores = {0: 1.0, 2: 0.5}
+    sizes = {0: 10, 1: 7, 2: 30}
+    clients = [SimpleNamespace(id=index, data=SimpleNamespace(num_test=size)) for index, size in sizes.items()]
+    loop: Any = SimpleNamespace(clients=clients)
+    summary = callback.results(loop)["after_fit"]
+    assert summary["weighted_mean"] == pytest.approx(25 / 40)
+    assert summary["mean"] == pytest.approx(0.75)
 
 
 def test_scoring_changes_no_training(tiny_root: Path, tmp_path: Path) -> None:

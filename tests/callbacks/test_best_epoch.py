@@ -38,11 +38,15 @@ def test_the_epoch_with_the_least_loss_stays(tiny_fit: TinyFit) -> None:
     assert all(torch.equal(tensor, spy.states[best][name]) for name, tensor in tiny_fit.after.items())
 
 
-def test_patience_ends_the_fit(tiny_fit: TinyFit) -> None:
+@pytest.mark.parametrize("patience", [1, 2])
+def test_patience_ends_the_fit(tiny_fit: TinyFit, patience: int) -> None:
     spy = Epochs()
-    tiny_fit({"spy": spy, "best": BestEpoch(patience=1)}, local=VALIDATING, max_epochs=20)
+    tiny_fit({"spy": spy, "best": BestEpoch(patience=patience)}, local=VALIDATING, max_epochs=20)
     assert len(spy.losses) < 20
-    assert spy.losses[-1] >= min(spy.losses[:-1])
+    improved = [epoch for epoch, loss in enumerate(spy.losses) if loss < min(spy.losses[:epoch], default=float("inf"))]
+    waits = [after - before for before, after in zip(improved, [*improved[1:], len(spy.losses)], strict=True)]
+    assert waits[-1] == patience + 1  # counted from the best epoch to one past the last
+    assert all(wait <= patience for wait in waits[:-1])
 
 
 def test_without_validation_it_is_refused(tiny_fit: TinyFit) -> None:

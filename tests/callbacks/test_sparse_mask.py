@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -62,6 +63,18 @@ def test_the_gradient_of_the_data_ignores_the_batches_and_changes_nothing() -> N
     assert not weights["head.weight"].requires_grad
     assert module.training
     assert all(p.grad is None for p in module.parameters())
+
+
+def test_clipping_measures_what_moves_alone(tiny_fit: TinyFit) -> None:
+    """All but one tensor frozen and one of its weights moving: clipped to norm 0.05, it moves by lr * 0.05."""
+    module = tiny_module(partial(torch.optim.SGD, lr=0.3))
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name == "head.weight")
+    settings = {"max_epochs": -1, "max_steps": 1, "gradient_clip_val": 0.05}
+    tiny_fit({"sparse": SparseMask(1 / 15, "gradient", tensors=["head"])}, module=module, **settings)
+    change = (tiny_fit.after["head.weight"] - tiny_fit.before["head.weight"]).abs()
+    assert int((change > 0).sum()) == 1
+    assert float(change.max()) == pytest.approx(0.015, rel=1e-3)
 
 
 def test_density_1_is_a_plain_fit(tiny_fit: TinyFit) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 
+from fl_lightning.callback import FederatedCallback
 from fl_lightning.client import Broadcast, Client
 from fl_lightning.methods.local_superior_soup import LocalSuperiorSoup, PoolMixing, add_distance_gradient
 from fl_lightning.methods.soup import SoupTraining, greedy_mean
@@ -61,6 +62,13 @@ def test_the_soup_is_the_mean_of_fits_with_their_own_seeds_and_draws(tiny_fit: T
         assert torch.allclose(soup[name].double(), (a + b + c) / 3, atol=1e-7)
     draws = [training.draw(seed) for seed in range(20)]
     assert {draw["batch_size"] for draw in draws} == {3, 6}
+
+
+def test_without_draws_fits_differ_by_their_seeds(tiny_fit: TinyFit) -> None:
+    tiny_fit()
+    plain = tiny_fit.after
+    tiny_fit(local=partial(SoupTraining, ingredients=2))
+    assert not torch.allclose(tiny_fit.after["head.weight"], plain["head.weight"], atol=1e-4)
 
 
 def test_a_greedy_soup_takes_what_does_not_hurt() -> None:
@@ -121,13 +129,18 @@ def test_a_local_superior_soup_is_the_mean_of_what_came_and_all_models(tiny_fit:
     assert equal(first, tiny_fit.after)
 
 
-def test_the_gradient_of_a_mixture_by_the_newest_model(tiny_fit: TinyFit) -> None:
-    """One step of SGD without momentum: the step is the share times the gradient at the mixture, by autograd."""
+@pytest.mark.parametrize(("affinity", "diversity"), [(0.0, 0.0), (0.7, 0.0), (0.0, 0.4), (0.7, 0.4)])
+def test_a_step_of_the_newest_model_is_that_of_the_regularised_loss_of_the_mixture(
+    tiny_fit: TinyFit, affinity: float, diversity: float
+) -> None:
+    """One step of SGD without momentum against autograd: the share times the gradient at the mixture, and the pull to
+    the start and the push from the mean distance of the others."""
     optimizer = partial(torch.optim.SGD, lr=1.0)
     module = tiny_module(optimizer)
     module.backbone[3].p = 0.0
     other = {name: tensor + 0.1 for name, tensor in snapshot(module.state_dict()).items()}
-    mixing = PoolMixing(other, [other], 0.0, 0.0)
+    start = {name: tensor - 0.2 for name, tensor in other.items()}
+    mixing = PoolMixing(start, [other], affinity, diversity)
     tiny_fit({"mixing": mixing}, module=module, max_epochs=1, max_steps=1)
     reference = tiny_module(optimizer)
     reference.backbone[3].p = 0.0
@@ -140,10 +153,39 @@ def test_the_gradient_of_a_mixture_by_the_newest_model(tiny_fit: TinyFit) -> Non
         for name, parameter in reference.named_parameters():
             parameter.copy_(share * parameter + (1 - share) * other[name])
     reference.loss(batch).backward()
+    own = {name: tiny_fit.before[name].clone().requires_grad_() for name, _ in reference.named_parameters()}
+
+    def distance(state: State) -> torch.Tensor:
+        return torch.cat([(tensor - state[name]).flatten() for name, tensor in own.items()]).norm()
+
+    (affinity * distance(start) - diversity * distance(other)).backward()
     for name, parameter in reference.named_parameters():
-        assert parameter.grad is not None
+        gradient, extra = parameter.grad, own[name].grad
+        assert gradient is not None
+        assert extra is not None
         step = tiny_fit.after[name] - tiny_fit.before[name]
-        assert torch.allclose(step, -share * parameter.grad, atol=1e-6)
+        assert torch.allclose(step, -share * gradient - extra, atol=1e-6)
+
+
+def test_each_model_begins_at_the_mean_of_all_before_it(tiny_fit: TinyFit) -> None:
+    class Spy(FederatedCallback):
+        starts: list[State] = []
+        ends: list[State] = []
+
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            self.starts.append(snapshot(pl_module.state_dict()))
+
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            self.ends.append(snapshot(pl_module.state_dict()))
+
+    spy = Spy()
+    tiny_fit({"spy": spy}, local=partial(LocalSuperiorSoup, models=3))
+    pool = [tiny_fit.before, *spy.ends]
+    for number in range(4):
+        found = tiny_fit.after if number == 3 else spy.starts[number]
+        for name in ("head.weight", "backbone.0.weight", "backbone.1.running_mean"):
+            expected = torch.stack([state[name] for state in pool[: number + 1]]).mean(0)
+            torch.testing.assert_close(found[name], expected)
 
 
 def test_distance_gradients_are_those_of_autograd() -> None:
