@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image
 
 from fl_lightning.atomic import replacing
 
@@ -44,10 +45,15 @@ class Curve(NamedTuple):
     epochs: Sequence[int] | None = None
 
 
-def save_png(figure: Figure, path: str | Path, dpi: int = 120) -> None:
-    """Write a figure as PNG, in one step; see :func:`fl_lightning.atomic.replacing`."""
+def save_png(figure: Figure, path: str | Path, dpi: int = 120) -> NDArray[np.uint8]:
+    """Write a figure as PNG, in one step (see :func:`fl_lightning.atomic.replacing`); return it as :func:`to_array`.
+
+    Drawing takes longer than all the rest, so that what is shown twice had better be drawn once.
+    """
+    array = to_array(figure, dpi)
     with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=dpi)
+        Image.fromarray(array).save(file, format="png", dpi=(dpi, dpi))
+    return array
 
 
 def to_array(figure: Figure, dpi: int = 100) -> NDArray[np.uint8]:
@@ -210,8 +216,8 @@ def draw_epochs(curves: Mapping[str, Curve], title: str = "", label: str = "accu
         axes.plot(x, curve.local, linestyle="--", **style)  # type: ignore[arg-type]
         axes.plot(x, curve.elsewhere, linestyle="-", **style)  # type: ignore[arg-type]
     kinds = [
-        Line2D([], [], color="black", linestyle="--", label="local"),
-        Line2D([], [], color="black", linestyle="-", label="global"),
+        Line2D([], [], color="black", linestyle="--", label="local: own data"),
+        Line2D([], [], color="black", linestyle="-", label="global: others' data"),
     ]
     settings = [
         Line2D([], [], color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], markersize=4, label=name)
@@ -388,7 +394,7 @@ def _name_axis(axes: Axes, which: Literal["x", "y"], names: Sequence[str], offse
     """Put names on an axis: each if there is room, else every n-th."""
     step = max(1, math.ceil(len(names) / _MOST_LABELS))
     positions = list(range(0, len(names), step))
-    labels = [name if len(name) <= 16 else f"{name[:15]}…" for name in (str(names[index]) for index in positions)]
+    labels = [name if len(name) <= 20 else f"{name[:19]}…" for name in (str(names[index]) for index in positions)]
     size = 9 if len(labels) <= 20 else 7
     if which == "y":
         axes.set_yticks([position + offset for position in positions], labels, fontsize=size)

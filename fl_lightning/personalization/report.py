@@ -354,9 +354,9 @@ def _flooded(
 
 def show(drawn: Mapping[str, Figure], run_folder: RunFolder, logger: Logger | None) -> None:
     """Write figures as PNG files, and to TensorBoard."""
-    from fl_lightning.evaluation.figures import save_png, to_array
+    from fl_lightning.evaluation.figures import save_png
 
     for name, figure in drawn.items():
-        save_png(figure, run_folder.figures / f"{name}.png")
+        image = save_png(figure, run_folder.figures / f"{name}.png")
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(name, to_array(figure), dataformats="HWC")
+            logger.experiment.add_image(name, image, dataformats="HWC")

@@ -103,7 +103,7 @@ def test_local_is_dashed_and_global_is_solid() -> None:
     axes = axes_of(draw_epochs({"lr 0.1": Curve([0.5, 0.7], [0.5, 0.4]), "lr 1": Curve([0.5, 0.8], [0.5, 0.2])}))
     styles = [(line.get_linestyle(), list(line.get_ydata())[-1]) for line in axes.lines]
     assert styles == [("--", 0.7), ("-", 0.4), ("--", 0.8), ("-", 0.2)]
-    assert legend(axes) == ["local", "global", "lr 0.1", "lr 1"]
+    assert legend(axes) == ["local: own data", "global: others' data", "lr 0.1", "lr 1"]
     colours = [line.get_color() for line in axes.lines]
     assert colours[0] == colours[1] != colours[2] == colours[3]
 
