@@ -32,8 +32,8 @@ $(VENV)/installed-dev: pyproject.toml
 
 quickstart: $(VENV)/installed
 	$(BIN)/python train.py hydra.run.dir=logs/quickstart/$(STAMP)/train
-	$(BIN)/python personalize.py checkpoint=logs/quickstart/$(STAMP)/train \
-		'personalization=[ft,lp,lp_ft,proximal_ft]' hydra.run.dir=logs/quickstart/$(STAMP)/personalize
+	$(BIN)/python personalize.py checkpoint=logs/quickstart/$(STAMP)/train curves.every=5 \
+		hydra.run.dir=logs/quickstart/$(STAMP)/personalize
 	@echo
 	@echo "Look at the curves:  $(BIN)/tensorboard --logdir logs/quickstart"
 

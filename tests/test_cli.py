@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fl_lightning.command_line import CONF, with_resume
+from fl_lightning.training import comparable
 from tests.scripts import call
 
 
@@ -67,6 +68,12 @@ def test_a_mistake_that_shows_later_leaves_its_traceback_in_a_file(
     assert "/nowhere/at/all" in told
     assert "Traceback" not in told
     assert "Traceback" in (tmp_path / "run" / "error.txt").read_text()
+
+
+def test_curves_are_looked_at_beside_those_of_other_runs(tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    assert comparable(logs / "train" / "fedavg" / "2026", logs) == logs
+    assert comparable(tmp_path / "elsewhere" / "run", logs) == tmp_path / "elsewhere"
 
 
 def test_resume_replays_the_overrides_of_the_first_start(tmp_path: Path) -> None:
