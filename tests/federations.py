@@ -98,6 +98,21 @@ def add_recorder(run: Federation, stop_after: int | None = None) -> Recorder:
     return recorder
 
 
+def whole_and_resumed(tiny_root: Path, folder: Path, stop_after: int, *overrides: str) -> tuple[Federation, Federation]:
+    """Return one run that was never stopped, and one that was stopped after some rounds and then went on."""
+    whole = federation(tiny_root, folder / "whole", *overrides)
+    whole.fit()
+    stopped = federation(tiny_root, folder / "stopped", *overrides)
+    add_recorder(stopped, stop_after)
+    stopped.fit()
+    assert stopped.loop.round == stop_after
+    rest = federation(tiny_root, folder / "stopped", *overrides, f"resume='{folder / 'stopped'}'")
+    assert rest.resume is not None
+    rest.resume["callbacks"].pop("recorder")
+    rest.fit()
+    return whole, rest
+
+
 def outcome(run: Federation) -> dict[str, Any]:
     """Return all that a run leaves behind, but for wall-clock times."""
     content = run.loop.state_dict()

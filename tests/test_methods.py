@@ -9,7 +9,7 @@ import torch
 
 from fl_lightning.command_line import CONF
 from fl_lightning.state import all_finite
-from tests.federations import add_recorder, assert_same, federation, outcome
+from tests.federations import add_recorder, assert_same, federation, outcome, whole_and_resumed
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 
@@ -54,16 +54,7 @@ def test_same_seed_same_bits_and_other_seed_others(method: str, tiny_root: Path,
 
 
 def test_stopped_and_resumed_equals_uninterrupted(method: str, tiny_root: Path, tmp_path: Path) -> None:
-    whole = federation(tiny_root, tmp_path / "whole", f"method={method}", "seed=3")
-    whole.fit()
-    first = federation(tiny_root, tmp_path / "stopped", f"method={method}", "seed=3")
-    add_recorder(first, stop_after=1)
-    first.fit()
-    assert first.loop.round == 1
-    rest = federation(tiny_root, tmp_path / "stopped", f"method={method}", "seed=3", f"resume='{tmp_path / 'stopped'}'")
-    assert rest.resume is not None
-    rest.resume["callbacks"].pop("recorder")
-    rest.fit()
+    whole, rest = whole_and_resumed(tiny_root, tmp_path, 1, f"method={method}", "seed=3")
     assert_same(outcome(whole), outcome(rest))
 
 

@@ -10,7 +10,7 @@ import torch
 from fl_lightning.callback import FederatedCallback
 from fl_lightning.methods.head_dictionary import COUNTS, PREFIX, HeadDictionary
 from fl_lightning.state import State, snapshot, without_prefix
-from tests.federations import add_recorder, assert_same, federation
+from tests.federations import add_recorder, assert_same, federation, whole_and_resumed
 
 SHORT = ["method=fedftha", "method.tau_sync=1", "method.tau_head=1", "trainer.max_epochs=2"]
 
@@ -130,19 +130,12 @@ def test_global_tests_change_nothing(tiny_root: Path, tmp_path: Path) -> None:
 
 def test_the_dictionary_survives_a_restart(tiny_root: Path, tmp_path: Path) -> None:
     """One client a round: what the others sent before the restart is nowhere but in the dictionary."""
-    settings = [*SHORT, "cohort.number=1", "loop.rounds=3"]
-    whole = federation(tiny_root, tmp_path / "whole", *settings)
-    whole.fit()
-    stopped = federation(tiny_root, tmp_path / "stopped", *settings)
-    add_recorder(stopped, stop_after=2)
-    stopped.fit()
-    rest = federation(tiny_root, tmp_path / "stopped", *settings, f"resume='{tmp_path / 'stopped'}'")
-    assert rest.resume is not None
-    rest.resume["callbacks"].pop("recorder")
-    rest.fit()
+    whole, rest = whole_and_resumed(tiny_root, tmp_path, 2, *SHORT, "cohort.number=1", "loop.rounds=3")
     assert_same(rest.loop.global_state(), whole.loop.global_state())
     heads: Any = whole.loop.callbacks["heads"]
     assert len(heads.heads) > 1
+    results = [run.loop.callbacks["after_fit"].results(run.loop) for run in (whole, rest)]  # type: ignore[union-attr]
+    assert_same(results[0], results[1])
 
 
 def test_body_goes_down_and_body_and_head_come_up(tiny_root: Path, tmp_path: Path) -> None:

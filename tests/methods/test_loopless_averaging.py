@@ -9,7 +9,7 @@ import torch
 from fl_lightning.callback import FederatedCallback
 from fl_lightning.methods.loopless_averaging import LooplessAveraging
 from fl_lightning.state import snapshot, weighted_mean
-from tests.federations import add_recorder, assert_same, federation
+from tests.federations import add_recorder, assert_same, federation, whole_and_resumed
 
 
 class Coins(LooplessAveraging):
@@ -57,6 +57,17 @@ def test_models_travel_only_when_the_coin_changes(tiny_root: Path, tmp_path: Pat
     assert [bool(update.extra) for update in recorder.updates[::3]] == [False, False, True, False, False, False]
     assert run.loop.bytes_up == run.loop.bytes_down == 3 * size
     assert not any(client.memory for client in run.clients), "the mean is of no use after the next training"
+
+
+def test_the_mean_survives_a_restart(tiny_root: Path, tmp_path: Path) -> None:
+    """Stopped between a round of training and one of averaging, when the mean is at the server alone."""
+    coins = {seed: LooplessAveraging(p=0.5, seed=seed) for seed in range(100)}
+    seed = next(seed for seed, coin in coins.items() if [coin.averages(round) for round in (0, 1)] == [False, True])
+    settings = ["method=l2gd", "callbacks.averaging.p=0.5", f"seed={seed}"]
+    whole, rest = whole_and_resumed(tiny_root, tmp_path, 1, *settings)
+    for one, other in zip(whole.clients, rest.clients, strict=True):
+        assert_same(one.personal, other.personal)
+    assert_same(whole.loop.global_state(), rest.loop.global_state())
 
 
 def test_the_coin_has_its_probability_and_its_seed() -> None:

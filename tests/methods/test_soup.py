@@ -188,6 +188,24 @@ def test_each_model_begins_at_the_mean_of_all_before_it(tiny_fit: TinyFit) -> No
             torch.testing.assert_close(found[name], expected)
 
 
+def test_mixtures_are_uniform_on_the_simplex() -> None:
+    """With two others, the share of the newest is Beta(1, 2): mean 1/3, variance 1/18."""
+    module = tiny_module(SGD)
+    mixing: Any = PoolMixing({}, [], 0.0, 0.0)
+    mixing._generator = torch.Generator().manual_seed(0)
+    mixing._pool = [[torch.full_like(p, value) for p in module.parameters()] for value in (1.0, 2.0)]
+    before = snapshot(module.state_dict())
+    shares = []
+    for index in range(1000):
+        mixing.on_train_batch_start(None, module, None, index)
+        shares.append(mixing._share)
+        mixing.on_after_backward(None, module)
+    found = torch.tensor(shares)
+    assert float(found.mean()) == pytest.approx(1 / 3, abs=0.03)
+    assert float(found.var()) == pytest.approx(1 / 18, abs=0.01)
+    assert equal(snapshot(module.state_dict()), before)
+
+
 def test_distance_gradients_are_those_of_autograd() -> None:
     torch.manual_seed(0)
     parameters = [torch.randn(2, 3, requires_grad=True), torch.randn(4, requires_grad=True)]
