@@ -134,7 +134,10 @@ class RemoteClient:
         return dict(scores.by_client[0])
 
     def finish(self) -> dict[str, Any]:
-        """Score the personal model once all clients have finished, and write ``results.json``."""
+        """Score the personal model and write ``results.json``: in turn with the others, so after their last round too.
+
+        Where clients do not take turns, others may still move the body.
+        """
         self._wait_for_turn()
         scores = self.evaluate()
         self.line.call("End", {"round": self.rounds, "last": True})
