@@ -32,10 +32,18 @@ def test_it_scores_what_the_fit_left_and_says_so(tiny_root: Path, tmp_path: Path
 
 def test_a_second_model_is_what_is_scored(tiny_root: Path, tmp_path: Path) -> None:
     """Ditto's personal model is not merged: after the fit it scores what it scores after the round."""
-    run = federation(tiny_root, tmp_path, "method=ditto", AFTER_FIT, "loop.rounds=1", "optimizer.lr=0.02")
+    scores: list[float] = []
+
+    class First(FederatedCallback):
+        def on_client_end(self, client: Any, module: Any, update: Any) -> None:
+            scores.append(score_clients(module, [client.data], "test").pooled["accuracy"])
+
+    settings = ["loop.rounds=1", "optimizer.lr=0.02", "module.lam=20", "trainer.max_epochs=6"]
+    run = federation(tiny_root, tmp_path, "method=ditto", AFTER_FIT, *settings)
+    run.loop.add_callback("first", First())
     run.fit()
     [row] = run.loop.history
-    assert row["test/after_fit/mean"] == row["test/personal/mean"]
+    assert row["test/after_fit/mean"] == row["test/personal/mean"] != pytest.approx(sum(scores) / 3)
 
 
 def test_the_weighted_mean_weighs_test_examples() -> None:
