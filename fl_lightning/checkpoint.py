@@ -122,6 +122,9 @@ def read_tensors(path: str | Path) -> Any:
         raise FileNotFoundError(f"there is no file {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except pickle.UnpicklingError as error:
+        # torch's own words advise to load it without this protection.
+        raise ValueError(f"{path} is damaged, or no file of plain tensors, which alone are read") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path} is damaged, or no file of plain tensors: {reason}") from error

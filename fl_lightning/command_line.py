@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import hydra
@@ -48,11 +49,13 @@ def main(name: str) -> None:
             work.run(cfg, folder)
         except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
             # The sentence is for the user; the traceback, for whoever mends the program, goes to a file beside the run.
-            (folder / "error.txt").write_text(traceback.format_exc())
             if full_error:
                 raise
+            file = folder / "error.txt"
+            with suppress(OSError):  # the disk may be full
+                file.write_text(traceback.format_exc())
             sentence = str(error).splitlines()[0] if isinstance(error, OmegaConfBaseException) else str(error)
-            print(f"error: {sentence}\n(the traceback is in {folder / 'error.txt'})", file=sys.stderr)
+            print(f"error: {sentence}\n(the traceback is in {file})", file=sys.stderr)
             sys.exit(1)
 
     # Hydra then raises what it would otherwise print, over several lines and without the close names.

@@ -96,6 +96,7 @@ def assemble(config: Mapping[str, Any], run_folder: RunFolder) -> Federation:
     Raises:
         ValueError: If something in the configuration or the data is wrong.
     """
+    check_accelerator(config["trainer"])
     resume = None
     if config["resume"] is not None:
         run_folder.resume(config)
@@ -128,6 +129,17 @@ def assemble(config: Mapping[str, Any], run_folder: RunFolder) -> Federation:
     clients = [Client(item.id, item) for item in data.clients]
     unseen = [Client(item.id, item) for item in data.unseen]
     return Federation(loop, module, clients, unseen, resume)
+
+
+def check_accelerator(trainer: Mapping[str, Any]) -> None:
+    """Check that there is a GPU where one is asked for.
+
+    Raises:
+        ValueError: If there is none that torch can use.
+    """
+    asked = trainer.get("accelerator")
+    if asked in ("gpu", "cuda") and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        raise ValueError(f"trainer.accelerator={asked}, but torch finds no GPU on this machine; take trainer=cpu")
 
 
 def build_module(config: Mapping[str, Any], data: FederatedData) -> FederatedModule:

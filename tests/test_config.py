@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
 
 from fl_lightning.config import check, differences, fits, instantiate, instantiate_dict
 from tests.federations import federation
@@ -92,6 +93,8 @@ def test_differences_names_the_keys_and_skips_what_may_change() -> None:
         ("+callbacks.proximal.mu=1", r"callbacks\.proximal has no _target_"),
         ("cohort.number=9", r"asks for 9 clients a round, but the federation has 3"),
         ("evaluation.mode=best", r"evaluation\.mode must be max or min"),
+        ("evaluation.metric=f1", r"evaluation\.metric must be one of accuracy, loss, got 'f1'"),
+        ("cohort=3", r"cohort: expected a node with _target_, got 3; for one value of it, write cohort\.<key>="),
         ("data.root=nowhere", r"nowhere"),
         ("data.batch_size=0", r"batch_size"),
     ],
@@ -109,3 +112,9 @@ def test_early_stopping_without_validation_is_refused(tiny_root: Path, tmp_path:
     with pytest.raises(ValueError, match=r"EarlyStopping monitors 'val_loss'.*local\.validate=true"):
         federation(tiny_root, tmp_path / "run", f"+callbacks.stopping={stopping}").fit()
     federation(tiny_root, tmp_path / "other", f"+callbacks.stopping={stopping}", "local.validate=true").fit()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_refused(tiny_root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no GPU on this machine; take trainer=cpu"):
+        federation(tiny_root, tmp_path / "run", "trainer=gpu")

@@ -60,8 +60,12 @@ class FederatedEvaluation(FederatedCallback):
             raise ValueError(f"evaluation.mode must be max or min, got {mode!r}")
         if chooses not in ("global", "personal"):
             raise ValueError(f"evaluation.chooses must be global or personal, got {chooses!r}")
-        if metrics is not None and metric not in metrics:
-            raise ValueError(f"evaluation.metric must be one of {', '.join(metrics)}, got {metric!r}")
+        known = ("accuracy", "loss") if metrics is None else tuple(metrics)
+        if metric not in known:
+            raise ValueError(
+                f"evaluation.metric must be one of {', '.join(known)}, got {metric!r}; "
+                "name another torchmetrics metric under evaluation.metrics"
+            )
         self.every = every
         self.chooses = chooses
         self.metric = metric

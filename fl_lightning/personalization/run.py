@@ -29,7 +29,7 @@ from fl_lightning.personalization.strategy import Strategy, build_strategies
 from fl_lightning.run_folder import RunFolder
 from fl_lightning.seeding import derive_seed
 from fl_lightning.state import State, all_finite, load, snapshot
-from fl_lightning.training import build_module
+from fl_lightning.training import build_module, check_accelerator
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     run_folder = RunFolder(folder)
     if config["seeds"] < 1:
         raise ValueError(f"seeds must be at least 1, got {config['seeds']}")
+    check_accelerator(config["trainer"])
     strategies = build_strategies(cfg)
     source = open_source(config)
     for client in source.data.clients:

@@ -134,7 +134,9 @@ def _resolved(cfg: DictConfig, values: Mapping[str, Any]) -> dict[str, dict[str,
         try:
             OmegaConf.update(cfg, key, value, merge=False)
         except Exception as error:
-            raise ValueError(f"grid: there is no key {key!r} in the configuration") from error
+            close = get_close_matches(key, [str(name) for name in cfg])
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            raise ValueError(f"grid: there is no key {key!r} in the configuration{hint}") from error
     config = plain(cfg)
     common = {key: config[key] for key in SETTINGS}
     nodes = {}
