@@ -67,8 +67,9 @@ def add_pull(named_parameters: Iterable[tuple[str, Tensor]], anchors: Mapping[st
             parameters.append(parameter)
             targets.append(anchors[name])
             gradients.append(parameter.grad)
-    with torch.no_grad():
-        torch._foreach_add_(gradients, torch._foreach_sub(parameters, targets), alpha=weight)
+    if gradients:
+        with torch.no_grad():
+            torch._foreach_add_(gradients, torch._foreach_sub(parameters, targets), alpha=weight)
 
 
 def refuse_scaled_gradients(callback: Any, trainer: Trainer) -> None:

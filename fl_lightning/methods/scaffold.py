@@ -65,6 +65,8 @@ class ControlVariates(FederatedCallback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         parameters = pl_module.named_parameters()
         named = [(name, p.grad) for name, p in parameters if p.grad is not None and name in self._correction]
+        if not named:
+            return
         gradients = [gradient for _, gradient in named]
         with torch.no_grad():
             self._sums.update({name: torch.zeros_like(g) for name, g in named if name not in self._sums})

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from fl_lightning.callbacks.proximal_penalty import ProximalPenalty
+from fl_lightning.callbacks.proximal_penalty import ProximalPenalty, add_pull
 from fl_lightning.seeding import derive_seed
 from tests.callbacks.conftest import SGD, TinyFit, tiny_data, tiny_module
 
@@ -61,6 +61,17 @@ def test_a_heavy_penalty_holds_the_model(tiny_fit: TinyFit) -> None:
         return sum(float((tiny_fit.after[name] - tiny_fit.before[name]).square().sum()) for name in names)
 
     assert distance(3.0) < distance(0.3) < distance(0.0)
+
+
+def test_what_has_no_gradient_is_left_alone() -> None:
+    moving, frozen = (torch.ones(2, requires_grad=True) for _ in range(2))
+    moving.grad = torch.tensor([1.0, 2.0])
+    anchors = {"moving": torch.tensor([3.0, -1.0]), "frozen": torch.zeros(2)}
+    add_pull([("moving", moving), ("frozen", frozen)], anchors, 0.5)
+    assert moving.grad.tolist() == [0.0, 3.0]
+    assert frozen.grad is None
+    add_pull([("frozen", frozen)], anchors, 0.5)
+    assert frozen.grad is None
 
 
 def test_a_negative_weight_is_refused() -> None:
