@@ -270,11 +270,18 @@ def curves_csv(groups: Groups, datas: Sequence[Any]) -> str:
 
 
 def log_numbers(groups: Groups, datas: Sequence[Any], logger: Logger) -> None:
-    """Log the curves with the epoch as step, and the final numbers."""
+    """Log the curves with the epoch as step; in TensorBoard each strategy is a run, a line in charts that all share."""
+    keys = ("local", "global_others", *SCALARS)
     for name, points in mean_curves(groups, datas).items():
+        if isinstance(logger, TensorBoardLogger):
+            line: Logger = TensorBoardLogger(logger.save_dir, name="curves", version=file_name(name))
+            tags = {key: key for key in keys}
+        else:
+            line, tags = logger, {key: f"{key}/{file_name(name)}" for key in keys}
         for epoch, summary in points.items():
-            keys = ("local", "global_others", *SCALARS)
-            logger.log_metrics({f"{key}/{file_name(name)}": summary[key] for key in keys}, step=epoch)
+            line.log_metrics({tags[key]: summary[key] for key in keys}, step=epoch)
+        if line is not logger:
+            line.finalize("success")
 
 
 def figures(groups: Groups, datas: Sequence[Any]) -> dict[str, Figure]:

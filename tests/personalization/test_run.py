@@ -113,7 +113,8 @@ def test_personalizing_one_client_does_not_touch_another(fine_tuned: Path, train
 def test_what_is_left_behind(personalized: Run, trained: Path) -> None:
     results, folder = personalized("personalization=[ft,lp_ft]", "seeds=2", "figures=true", "logger=tensorboard")
     assert list(results["methods"]) == ["none", "local", "ft", "lp_ft"]
-    assert list(folder.glob("events.out.tfevents*"))
+    assert list(folder.glob("events.out.tfevents*")), "pictures"
+    assert {path.parent.name for path in folder.glob("curves/*/events.out.tfevents*")} == {"local", "ft", "lp_ft"}
     for name, method in results["methods"].items():
         matrix = AccuracyMatrix.load(folder / "matrix" / f"{name}.csv")
         assert method["local"] == pytest.approx(np.diagonal(matrix.values).mean())
