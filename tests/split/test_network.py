@@ -213,6 +213,8 @@ def test_server_restarted_from_its_checkpoint_loses_nothing(moment: str, wire: W
         losses.append(players[client].step(seed))
     assert_equals_in_process(wire, players, losses)
     assert wire.service.steps == len(SEEDS)
+    counted, sent = wire.service.traffic, sum((player.exchange.traffic for player in players), Traffic())
+    assert (counted.gradient_up, counted.gradient_down) == (sent.gradient_up, sent.gradient_down)
 
 
 def test_client_killed_in_mid_batch_stops_nobody_and_can_come_back(wire: Wire) -> None:
