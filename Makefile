@@ -31,7 +31,7 @@ $(VENV)/installed-dev: pyproject.toml
 	@touch $@ $(VENV)/installed
 
 quickstart: $(VENV)/installed
-	$(BIN)/python train.py hydra.run.dir=logs/quickstart/$(STAMP)/train
+	$(BIN)/python train.py executor=processes hydra.run.dir=logs/quickstart/$(STAMP)/train
 	$(BIN)/python personalize.py checkpoint=logs/quickstart/$(STAMP)/train curves.every=5 \
 		hydra.run.dir=logs/quickstart/$(STAMP)/personalize
 	@echo
