@@ -219,3 +219,11 @@ def _check_clients(clients: Sequence[ClientIndices]) -> None:
             )
         if len(client.test) == 0:
             raise ValueError(f"Client '{client.name}' has no test image, at least 1 is needed; it could not be scored.")
+    trained = torch.cat([client.indices(split) for client in clients for split in ("train", "val")])
+    leaked = torch.isin(torch.cat([client.test for client in clients]), trained)
+    for client, part in zip(clients, leaked.split([len(client.test) for client in clients]), strict=True):
+        if part.any():
+            raise ValueError(
+                f"Client '{client.name}' is tested on {int(part.sum())} image(s) that a client trains on or chooses "
+                "by; no example may be in both."
+            )

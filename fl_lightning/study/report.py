@@ -286,11 +286,10 @@ def save(drawn: Mapping[str, Figure], folder: Path) -> None:
     """Write figures as PNG files and for TensorBoard."""
     from torch.utils.tensorboard import SummaryWriter
 
-    from fl_lightning.evaluation.figures import save_png, to_array
+    from fl_lightning.evaluation.figures import save_png
 
     for old in folder.glob("events.out.tfevents.*"):
         old.unlink()
     with SummaryWriter(str(folder)) as writer:
         for name, figure in drawn.items():
-            save_png(figure, folder / f"{name}.png")
-            writer.add_image(name, to_array(figure), dataformats="HWC")
+            writer.add_image(name, save_png(figure, folder / f"{name}.png"), dataformats="HWC")

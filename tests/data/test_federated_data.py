@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 
-from fl_lightning.data import RandomHorizontalFlip
+from fl_lightning.data import Examples, RandomHorizontalFlip
 from tests.data.made import Made
 
 
@@ -134,3 +135,17 @@ def test_batch_larger_than_the_client_trains_on_all_it_has() -> None:
     client = Made(batch_size=1000, drop_last=True, val_fraction=0.0).clients[1]
     ((x, y),) = list(client.train_dataloader())
     assert len(x) == len(y) == client.num_train == 6
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_no_client_is_tested_on_what_any_client_learns_from(split: str) -> None:
+    class Leaking(Made):
+        def read(self) -> Examples:
+            examples = super().read()
+            first, second = examples.clients
+            taken = first.test[:2]
+            own = {"train": torch.cat([second.train, taken])} if split == "train" else {"val": taken}
+            return replace(examples, clients=[first, replace(second, **own)])
+
+    with pytest.raises(ValueError, match="Client 'c0' is tested on 2 image.s. that a client trains on or chooses by"):
+        Leaking()
