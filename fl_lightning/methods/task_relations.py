@@ -73,16 +73,16 @@ class TaskRelations(FederatedCallback):
 
     @override
     def on_broadcast(self, loop: FederatedLoop, client: Client, broadcast: Broadcast) -> None:
-        if not self.lam:
-            return
         place = self._places[client.id]
         row = self._omega[place]
+        if not self.lam * row[place] > 0:  # 0 for a single client: it is the mean
+            return
         message: State = {OWN: row[place].clone()}
-        # Before anybody has moved, the anchor is where the client begins.
-        for name in next(iter(self._moved.values()), {}) if row[place] > 0 else ():
+        # Before anybody has moved there is nothing to send: the anchor is where the client begins.
+        for name in next(iter(self._moved.values()), {}):
+            start = loop.local.initial[name]
             others = sum(row[other] * moved[name] for other, moved in self._moved.items() if other != place)
-            anchor = loop.local.initial[name] - others / row[place]
-            message[name] = anchor.to(loop.local.initial[name].dtype)
+            message[name] = (start - others / row[place]).to(start.dtype)
         broadcast.extra.update(with_prefix(PREFIX, message))
 
     @override
