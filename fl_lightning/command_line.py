@@ -80,17 +80,19 @@ def with_resume(arguments: list[str]) -> list[str]:
     given = [argument for argument in arguments if argument.startswith("resume=")]
     if not given or given[-1] in ("resume=", "resume=null"):
         return arguments
-    folder = Path(given[-1].removeprefix("resume="))
+    folder = Path(given[-1].removeprefix("resume=").strip("'\""))
     overrides = folder / ".hydra" / "overrides.yaml"
     if not overrides.is_file():
         raise FileNotFoundError(f"resume={folder}: there is no run in this folder (no {overrides})")
+    # Quoted, a path may hold what means something to Hydra, such as an equals sign.
+    quoted = "'" + str(folder).replace("'", r"\'") + "'"
     saved = [str(item) for item in OmegaConf.load(overrides)]
     rest = [argument for argument in arguments if argument not in given]
     # .hydra keeps the overrides of the first start, so that a run can be resumed any number of times.
     return [
         *(item for item in saved if not item.startswith(("hydra.run.dir=", "resume="))),
         *rest,
-        f"resume={folder}",
-        f"hydra.run.dir={folder}",
+        f"resume={quoted}",
+        f"hydra.run.dir={quoted}",
         "hydra.output_subdir=null",
     ]

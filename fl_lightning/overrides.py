@@ -37,7 +37,7 @@ def explain(error: Exception, name: str, arguments: Sequence[str]) -> str:
         One sentence or two, with the close names where a name is not known.
     """
     if isinstance(error, OverrideParseException):
-        return f"{error.override!r} is not of the form key=value; what holds blanks, commas or brackets needs quotes"
+        return f"{error.override!r} is not of the form key=value; a value with commas, brackets or signs needs quotes"
     overrides = OverridesParser.create().parse_overrides([word for word in arguments if not word.startswith("-")])
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _no_such_file(error.missing_cfg_file, [one.key_or_group for one in overrides])

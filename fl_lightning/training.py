@@ -325,8 +325,8 @@ def result_table(results: Mapping[str, Any]) -> str:
         rows += [{"model": f"{view}, last", **results["last"][view]} for view in VIEWS if results["last"][view]]
     kept = f"the model of round {results['best_round']} (0 to {last}), {results['kept']}"
     title = (
-        f"{results['method']}, {len(results['clients'])} clients, {results['rounds']} rounds, seed {results['seed']}. "
-        f"Kept: {kept if results['rounds'] else 'the initial model'}.\n"
+        f"{results['method']}, {len(results['clients'])} clients, {results['rounds']} round(s), "
+        f"seed {results['seed']}. Kept: {kept if results['rounds'] else 'the initial model'}.\n"
         f"{results['metric'].capitalize()} on test data, which chose nothing:"
     )
     words = [f"{view}: {VIEWS[view]}" for view in VIEWS if results[view] is not None]
