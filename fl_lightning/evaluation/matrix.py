@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from fl_lightning.atomic import write_text
-from fl_lightning.evaluation.predict import HasExamples, predict_clients, score_clients
+from fl_lightning.evaluation.predict import HasExamples, default_metrics, predict_clients, score_clients
 from fl_lightning.evaluation.results import read_json, write_json
 from fl_lightning.state import load, snapshot
 
@@ -250,8 +250,8 @@ def score_matrix(
     values = np.full((len(datas), len(datas)), math.nan)
     seen: set[int] = set()
     before = snapshot(module.state_dict())
-    name = "accuracy" if metric is None else "metric"
-    metrics = None if metric is None else {name: metric}
+    # One metric alone: the others would cost more than a small model's forward pass.
+    metrics = {"metric": default_metrics(datas[0].num_classes)["accuracy"] if metric is None else metric}
     features = _SharedFeatures(datas)
     try:
         for client, state in models:
@@ -266,7 +266,7 @@ def score_matrix(
                 scores = score_clients(module.head, features.of(module, state), metrics=metrics)  # type: ignore[arg-type]
             else:
                 scores = score_clients(module, datas, metrics=metrics)
-            values[client] = scores.values(name)
+            values[client] = scores.values("metric")
     finally:
         load(module, before)
     if missing := sorted(set(range(len(datas))) - seen):
