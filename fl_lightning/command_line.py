@@ -9,6 +9,7 @@ import sys
 import traceback
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -44,9 +45,9 @@ def main(name: str) -> None:
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
     def run(cfg: DictConfig) -> None:
         folder = Path(HydraConfig.get().runtime.output_dir)
-        work = importlib.import_module(WORK[name])
         try:
-            work.run(cfg, folder)
+            # Not before: torch takes seconds to load, and a misspelt key should not.
+            import_work(name).run(cfg, folder)
         except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
             # The sentence is for the user; the traceback, for whoever mends the program, goes to a file beside the run.
             if full_error:
@@ -69,6 +70,24 @@ def main(name: str) -> None:
     finally:
         if not full_error:
             del os.environ["HYDRA_FULL_ERROR"]
+
+
+def import_work(name: str) -> ModuleType:
+    """Import the module behind a script.
+
+    Raises:
+        ImportError: If torch and torchvision do not fit together. A CPU build of one beside a CUDA build of the other
+            fails deep inside torchvision, with no hint at why.
+    """
+    try:
+        return importlib.import_module(WORK[name])
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        raise ImportError(
+            "the installed torch and torchvision come from different builds; install the pair from one index in one "
+            "command: pip install --force-reinstall torch torchvision"
+        ) from error
 
 
 def with_resume(arguments: list[str]) -> list[str]:

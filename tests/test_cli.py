@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fl_lightning.command_line import CONF, with_resume
+from fl_lightning.command_line import CONF, WORK, with_resume
 from fl_lightning.training import comparable
 from tests.scripts import call
 
@@ -86,3 +86,18 @@ def test_resume_replays_the_overrides_of_the_first_start(tmp_path: Path) -> None
     assert with_resume(["seed=1"]) == ["seed=1"]
     with pytest.raises(FileNotFoundError, match="no run in this folder"):
         with_resume(["resume=nowhere"])
+
+
+def test_torch_and_torchvision_of_different_builds_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken_pair.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(WORK, "train", "broken_pair")
+    assert call("train", f"hydra.run.dir={tmp_path}") == 1
+    assert "error: the installed torch and torchvision come from different builds" in capsys.readouterr().err
+
+
+def test_a_misspelt_key_does_not_wait_for_torch() -> None:
+    code = "import sys, fl_lightning.command_line; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=CONF.parent, check=False).returncode == 0
