@@ -43,8 +43,9 @@ def explain(error: Exception, name: str, arguments: Sequence[str]) -> str:
         return _no_such_file(error.missing_cfg_file, [one.key_or_group for one in overrides])
     plain = [one for one in overrides if not (one.is_add() or one.is_force_add() or one.package)]
     cfg = _without_values(name, plain)
+    multirun = any(word in ("--multirun", "-m") for word in arguments)
     for override in plain:
-        words = _unknown(override.key_or_group, cfg) or _unusable(override, cfg)
+        words = _unknown(override.key_or_group, cfg) or _unusable(override, cfg, multirun)
         if words:
             return words
     lines = [*str(error).splitlines(), *str(error.__cause__ or "").splitlines()[:1]]
@@ -107,6 +108,8 @@ def _unknown(key: str, cfg: DictConfig) -> str | None:
         return f"there is no {key}; did you mean {close[0]}, which comes with {_choices(elsewhere[close[0]])}?"
     if close := get_close_matches(part, arguments):
         return f"there is no {key}; did you mean {' or '.join(f'+{prefix}{one}' for one in close)}?"
+    if not known and (CONF / prefix.removesuffix(".")).is_dir():
+        return f"{key} comes with an experiment; choose one (experiment=...), or in a --multirun write ++{key}=..."
     visible = [one for one in known if not one.startswith("_") and one != "hydra"]
     where = prefix.removesuffix(".") or "the configuration"
     return f"there is no {key}; {where} has " + (", ".join(visible) or "no keys")
@@ -152,7 +155,7 @@ def _leaves(node: Any, prefix: str) -> Iterator[str]:
                 yield f"{prefix}{key}"
 
 
-def _unusable(override: Override, cfg: DictConfig) -> str | None:
+def _unusable(override: Override, cfg: DictConfig, multirun: bool) -> str | None:
     """Say that a value is a sweep without --multirun, or, at the root, of another type than the schema's.
 
     The types of values further down are checked when they are used.
@@ -161,6 +164,8 @@ def _unusable(override: Override, cfg: DictConfig) -> str | None:
     if override.is_delete():
         return None
     if override.is_sweep_override():
+        if multirun:
+            return None
         value = str(override.input_line).partition("=")[2]
         return f"{key} has several values; add --multirun to run them all, or write {key}=[{value}] for a list"
     schema = OmegaConf.get_type(cfg)

@@ -26,6 +26,7 @@ CASES = [
     ("personalize", ["lp_epoch=3"], "there is no lp_epoch; did you mean lp_epochs?"),
     ("personalize", ["method=fedavg"], "method= cannot be chosen here; what can be chosen: data, executor, "),
     ("study", ["experiment=lpft/fig3"], "there is no experiment=lpft/fig3; did you mean experiment=lpft/fig3b"),
+    ("study", ["study.seeds=[1]"], "study.seeds comes with an experiment; choose one (experiment=...)"),
 ]
 
 
