@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,12 @@ def make_tiny_federation(root: Path) -> Path:
 
 def config(tiny_root: Path, *overrides: str, name: str = "train") -> dict[str, Any]:
     """Compose the configuration of a tiny run."""
+    return copy.deepcopy(_compose(tiny_root, overrides, name))
+
+
+@lru_cache
+def _compose(tiny_root: Path, overrides: tuple[str, ...], name: str) -> dict[str, Any]:
+    # Remembered, for composing takes longer than the run, and most tests of a method begin with the same words.
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose(
             name,
