@@ -255,7 +255,7 @@ def draw_drop_against_distortion(
     axes.legend(fontsize=9)
     axes.set_xlabel("feature distortion (mean $\\ell_2$ distance)")
     axes.set_ylabel("drop of global accuracy (points)")
-    axes.set_title(title)
+    axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     return figure
 

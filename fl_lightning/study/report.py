@@ -223,7 +223,7 @@ def figures(
                 if 0 in by_epoch
             }
             drawn[f"{prefix}drop_against_distortion"] = draw.draw_drop_against_distortion(
-                points, f"a point for each measured epoch: mean over clients, {seeds}"
+                points, f"a point per measured epoch: mean over clients, {seeds}"
             )
         levels = by_level(values[variant])
         if levels:
