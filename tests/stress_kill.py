@@ -1,6 +1,6 @@
 """Kills a run with SIGKILL at random moments, resumes it, and compares the bits with those of an uninterrupted run.
 
-``python -m tests.stress_kill --kills 30 method=scaffold loop.rounds=12`` does it from a shell. Children are forked, so
+``python -m tests.stress_kill --kills 30 method=scaffold loop.rounds=60`` does it from a shell. Children are forked, so
 that a kill costs no import.
 """
 
@@ -62,8 +62,9 @@ def stress(tiny_root: Path, folder: Path, overrides: list[str], kills: int, seed
     while True:
         child = run_child(tiny_root, folder / "killed", overrides)
         if hits < kills:
-            # Early moments come often: starting up and writing the first files are the delicate parts.
-            time.sleep(duration * moments.random() ** 2)
+            # Early moments come often: starting up and writing the first files are the delicate parts. On average
+            # the moments add up to one run, so that about all kills hit a child that is at work.
+            time.sleep(duration * min(1.0, 3 / kills) * moments.random() ** 2)
             os.kill(child, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code == 0 and not hits and kills:
@@ -92,7 +93,7 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--root", type=Path, help="a folder of .npz clients; default: three tiny ones, made here")
-    parser.add_argument("overrides", nargs="*", default=["method=scaffold", "loop.rounds=12"])
+    parser.add_argument("overrides", nargs="*", default=["method=scaffold", "loop.rounds=60"])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
