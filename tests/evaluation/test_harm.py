@@ -83,8 +83,20 @@ def test_equal_differences_that_differ_in_the_last_bits() -> None:
     found = compare(first, second)
     assert found.wins == 3
     assert found.statistic == 0
-    assert 0.05 < found.p_value < 0.3
+    assert found.p_value == 2 / 2**3
     assert found.p_value == compare([1.0, 1.0, 1.0], [0.0, 0.0, 0.0]).p_value
+
+
+@pytest.mark.parametrize("clients", [5, 9, 12])
+def test_equal_ranks_are_permuted(clients: int) -> None:
+    """All changes of sign, counted here by hand."""
+    changes = np.random.default_rng(clients).integers(1, 4, clients) * np.random.default_rng(0).choice([-1, 1], clients)
+    sizes = np.abs(changes)
+    ranks = np.array([(sizes < size).sum() + ((sizes == size).sum() + 1) / 2 for size in sizes])
+    sums = np.array([ranks[np.array(up, dtype=bool)].sum() for up in itertools.product([0, 1], repeat=clients)])
+    smaller = min(ranks[changes > 0].sum(), ranks[changes < 0].sum())
+    expected = min(1.0, 2 * (sums <= smaller).mean())
+    assert compare(changes, np.zeros(clients)).p_value == pytest.approx(expected, abs=1e-12)
 
 
 def test_many_clients() -> None:

@@ -310,6 +310,7 @@ def test_slow_client_delays_itself_alone(tmp_path: Path) -> None:
         ("Backward", encode({"client": 0, "ticket": 1}), "must hold a gradient"),
         ("Backward", encode({"client": 0, "ticket": 1, "scale": 0}), "`scale` of a message must be a number above 0"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "message",
 )
 def test_garbage_is_refused_in_one_sentence_and_changes_nothing(
     call: str, payload: bytes, sentence: str, wire: Wire
