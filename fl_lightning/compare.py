@@ -18,7 +18,7 @@ from fl_lightning import atomic, training
 from fl_lightning.command_line import CONF
 from fl_lightning.config import differences, plain
 from fl_lightning.evaluation.results import read_json
-from fl_lightning.evaluation.tables import Best, markdown_table
+from fl_lightning.evaluation.tables import Best, latex_table, markdown_table, mean_std
 from fl_lightning.run_folder import RunFolder
 
 # What changes no result of a finished run.
@@ -31,7 +31,8 @@ class Comparison:
     """A file of ``conf/comparison``: runs of ``train.py`` that differ in a few overrides.
 
     Attributes:
-        folder: Where the runs go, one folder each; ``{folder}`` in an override stands for it.
+        folder: Where the runs go, a folder for each seed and in it one for each run; ``{folder}`` in an override stands
+            for that of the run's own seed.
         common: Overrides of all runs.
         runs: Overrides of each run, by its name in the table.
     """
@@ -60,37 +61,60 @@ class Comparison:
         assert isinstance(merged, Comparison)
         return merged
 
-    def configuration(self, run: str, overrides: Sequence[str] = ()) -> DictConfig:
+    def configuration(self, run: str, overrides: Sequence[str] = (), seed: int = 1) -> DictConfig:
         """Compose what ``train.py`` would be given for one run."""
-        given = [*self.common, *self.runs[run], *overrides]
+        given = [*self.common, *self.runs[run], *overrides, f"seed={seed}"]
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            return compose("train", [override.replace("{folder}", self.folder) for override in given])
+            return compose("train", [override.replace("{folder}", str(self.place(seed))) for override in given])
+
+    def place(self, seed: int) -> Path:
+        """Return the folder of the runs with this seed."""
+        return Path(self.folder) / f"seed_{seed}"
 
 
-def compare(comparison: Comparison, names: Sequence[str], overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Make the runs that are not there yet, go on with one that was stopped, and put the results side by side.
+def compare(
+    comparison: Comparison, names: Sequence[str], overrides: Sequence[str] = (), seeds: Sequence[int] = (1,)
+) -> dict[str, list[dict[str, Any]]]:
+    """Make the runs that are not there yet, and go on with one that was stopped.
 
     Args:
         comparison: What to run.
         names: Which of its runs, in this order.
         overrides: Further overrides of all of them.
+        seeds: Of partition, initial weights, cohorts and batches alike; the first one's runs come first.
 
     Returns:
-        A row for each.
+        By name a row for each seed; fewer rows if a run was stopped.
 
     Raises:
-        ValueError: If a name is none of the runs, or a folder holds a run with other settings.
+        ValueError: If a name is none of the runs, no seed or a seed twice is given, or a folder holds a run with other
+            settings.
     """
     if unknown := [name for name in names if name not in comparison.runs]:
         raise ValueError(f"there is no run {', '.join(unknown)}; there are {', '.join(comparison.runs)}")
-    rows = []
-    for number, name in enumerate(names):
-        print(f"[{number + 1}/{len(names)}] {name}", file=sys.stderr, flush=True)
-        results = run_once(comparison.configuration(name, overrides), Path(comparison.folder) / name)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"expected seeds that differ, as in seeds=1,2,3, got {','.join(map(str, seeds)) or 'none'}")
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    todo = [(seed, name) for seed in seeds for name in names]
+    for number, (seed, name) in enumerate(todo):
+        print(f"[{number + 1}/{len(todo)}] {name}, seed {seed}", file=sys.stderr, flush=True)
+        results = run_once(comparison.configuration(name, overrides, seed), comparison.place(seed) / name)
         if not results:
             break
-        rows.append(row(name, results))
+        rows[name].append(row(name, results))
     return rows
+
+
+def over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Put the rows of one method into one: mean and standard deviation of what differs between seeds."""
+
+    def merged(values: Sequence[Any]) -> Any:
+        if len(set(values)) == 1:
+            return values[0]
+        # A model that one seed did not keep has no mean over seeds.
+        return None if None in values else mean_std(values)
+
+    return {column: merged([row[column] for row in rows]) for column in rows[0]}
 
 
 def run_once(cfg: DictConfig, path: Path) -> Mapping[str, Any]:
@@ -132,29 +156,34 @@ def row(name: str, results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """``COMPARISON [runs=NAME,NAME] [folder=FOLDER] [overrides of train.py]``."""
+    """``COMPARISON [runs=NAME,NAME] [seeds=1,2,3] [folder=FOLDER] [overrides of train.py]``."""
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.exit(f"usage: python -m fl_lightning.compare {main.__doc__}")
     try:
         comparison = Comparison.read(arguments[0])
-        options = {"runs": ",".join(comparison.runs), "folder": comparison.folder}
+        options = {"runs": ",".join(comparison.runs), "seeds": "1", "folder": comparison.folder}
         overrides = []
         for argument in arguments[1:]:
             key, _, value = argument.partition("=")
+            key = "seeds" if key == "seed" else key
             if key in options:
                 options[key] = value
             else:
                 overrides.append(argument)
         comparison.folder = options["folder"]
-        names = options["runs"].split(",")
-        rows = compare(comparison, names, overrides)
+        if not all(seed.strip().isdigit() for seed in options["seeds"].split(",")):
+            raise ValueError(f"expected whole numbers, as in seeds=1,2,3, got seeds={options['seeds']}")
+        seeds = [int(seed) for seed in options["seeds"].split(",")]
+        finished = compare(comparison, options["runs"].split(","), overrides, seeds)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         sys.exit(f"error: {error}")
+    rows = [over_seeds(found) for found in finished.values() if found]
     table = markdown_table(rows, best=BEST) if rows else ""
     print(table)
-    if len(rows) < len(names):
-        sys.exit("stopped; the same command goes on from here")
-    atomic.write_text(Path(comparison.folder) / "table.md", table)
+    if any(len(found) < len(seeds) for found in finished.values()):
+        sys.exit("stopped; the table is of the runs that are finished; the same command goes on from here")
+    for name, text in (("table.md", table), ("table.tex", latex_table(rows, best=BEST))):
+        atomic.write_text(Path(comparison.folder) / name, text)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from fl_lightning.command_line import CONF
-from fl_lightning.compare import Comparison, compare, main
+from fl_lightning.compare import Comparison, compare, main, over_seeds
 from fl_lightning.config import check
+from fl_lightning.evaluation.results import read_json
 
 COMPARISONS = sorted(str(p.relative_to(CONF / "comparison").with_suffix("")) for p in CONF.glob("comparison/**/*.yaml"))
 
@@ -42,18 +43,35 @@ def test_every_run_of_every_comparison_composes_and_is_sound(name: str, run: str
 
 def test_finished_runs_are_read_and_stopped_ones_go_on(tiny: Comparison) -> None:
     rows = compare(tiny, ["fedavg", "warm"])
-    assert [row["method"] for row in rows] == ["fedavg", "warm"]
-    assert rows[0]["global"] is not None
-    assert rows[0]["personal"] is None
-    assert rows[1]["global"] is None
-    assert rows[1]["personal"] is not None
-    result = Path(tiny.folder) / "fedavg" / "results.json"
+    assert list(rows) == ["fedavg", "warm"]
+    (fedavg,), (warm,) = rows.values()
+    assert fedavg["method"] == "fedavg"
+    assert fedavg["global"] is not None
+    assert fedavg["personal"] is None
+    assert warm["global"] is None
+    assert warm["personal"] is not None
+    result = tiny.place(1) / "fedavg" / "results.json"
     written = result.stat().st_mtime_ns
-    assert compare(tiny, ["fedavg"]) == rows[:1]
+    assert compare(tiny, ["fedavg"]) == {"fedavg": [fedavg]}
     assert result.stat().st_mtime_ns == written
     result.unlink()  # as if killed between the last checkpoint and the results
-    again = compare(tiny, ["fedavg"])
-    assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in rows[:1]]
+    (again,) = compare(tiny, ["fedavg"])["fedavg"]
+    assert {**again, "seconds": 0} == {**fedavg, "seconds": 0}
+
+
+def test_seeds_are_runs_of_their_own(tiny: Comparison) -> None:
+    rows = compare(tiny, ["fedavg", "warm"], seeds=[3, 1])
+    first, second = rows["fedavg"]
+    assert first["global"] != second["global"]
+    assert compare(tiny, ["fedavg"], seeds=[1])["fedavg"] == [second]
+    merged = over_seeds(rows["fedavg"])
+    assert merged["global"].mean == pytest.approx((first["global"] + second["global"]) / 2)
+    assert merged["global"].std == pytest.approx(abs(first["global"] - second["global"]) / 2**0.5)
+    assert merged["MB up"] == first["MB up"]
+    assert merged["method"] == "fedavg"
+    assert read_json(tiny.place(3) / "warm" / "results.json")["seed"] == 3
+    with pytest.raises(ValueError, match="seeds that differ, as in seeds=1,2,3, got 1,1"):
+        compare(tiny, ["fedavg"], seeds=[1, 1])
 
 
 def test_a_finished_run_with_other_settings_is_refused(tiny: Comparison) -> None:
@@ -69,3 +87,5 @@ def test_what_does_not_exist_is_named_with_what_does(tiny: Comparison) -> None:
         compare(tiny, ["fedavgg"])
     with pytest.raises(SystemExit, match="fedftha/two_cores"):
         main(["nothing"])
+    with pytest.raises(SystemExit, match="whole numbers, as in seeds=1,2,3, got seeds=one"):
+        main([COMPARISONS[0], "seeds=one"])
