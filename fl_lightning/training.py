@@ -149,7 +149,7 @@ def build_module(config: Mapping[str, Any], data: FederatedData) -> FederatedMod
         ValueError: If the model cannot take the data's images.
     """
     module = new_module(config, data.num_classes, data.in_channels, data.image_size)
-    x = next(iter(data.clients[0].eval_dataloader("train")))[0][:2]
+    x = next(iter(data.clients[0].eval_dataloader("train")))[0][:2].to("cpu")  # where the model still is
     try:
         with evaluating(module), torch.inference_mode():
             shape = tuple(module(x).shape)

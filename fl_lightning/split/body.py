@@ -85,14 +85,6 @@ class ServerBody:
         """The model's names of the body's tensors."""
         return list(self._full_names.values())
 
-    def to(self, device: torch.device) -> None:
-        """Move the body, and what its optimizer keeps, to a device."""
-        self.blocks.to(device)
-        for kept in self.optimizer.state.values():
-            kept.update(
-                {key: value.to(device) for key, value in kept.items() if isinstance(value, Tensor) and value.ndim}
-            )
-
     def freeze(self, frozen: bool) -> None:
         """Train the body no longer, or again; a frozen body's BatchNorm statistics stand still too."""
         self.frozen = frozen

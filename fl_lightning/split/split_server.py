@@ -126,8 +126,8 @@ class SplitServer(FederatedCallback):
         if not self.cuts:  # a resumed run goes on with the recorded choice
             self.cuts = dict(zip(ids, self.choose_cuts(module, self.latency, len(ids)), strict=True))
         sharing.cuts = self.cuts
+        module.to(loop.local.device)  # before the body is copied: its optimizer keeps to the tensors it was given
         self.body = self.new_body(module)
-        self.body.to(loop.local.device)
 
     def latency_model(self, module: SplitModule, x: Tensor, batch_size: int) -> LatencyModel:
         """Measure the blocks on one example ``(1, ...)``, and price batches by them."""

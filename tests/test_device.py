@@ -1,0 +1,111 @@
+"""Everything on another device than the CPU: nothing is mixed, the bits are the same, no step waits for the host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from fl_lightning import personalization, training
+from fl_lightning.command_line import CONF
+from tests import simulated_device
+from tests.federations import assert_same, config, federation, outcome
+from tests.personalization.conftest import compose_personalization
+from tests.simulated_device import OVERRIDES, calls, in_a_process_of_its_own
+
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+
+pytestmark = pytest.mark.skipif(
+    not simulated_device.is_possible(), reason=f"torch {torch.__version__} has no backends in Python"
+)
+
+
+def train(tiny_root: Path, folder: Path, *overrides: str):
+    run = federation(tiny_root, folder, "seed=3", *overrides)
+    run.fit()
+    return run
+
+
+def same_bits(tiny_root: Path, folder: Path, *overrides: str) -> None:
+    here = outcome(train(tiny_root, folder / "cpu", *overrides))
+    assert not calls
+    run = train(tiny_root, folder / "device", *overrides, *OVERRIDES)
+    assert run.loop.local.device.type == simulated_device.NAME
+    assert calls["aten::convolution"], "nothing was computed there"
+    assert_same(here, outcome(run))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_ends_with_the_bits_of_the_cpu(method: str, tiny_root: Path, tmp_path: Path) -> None:
+    in_a_process_of_its_own(same_bits, tiny_root, tmp_path, f"method={method}")
+
+
+VARIANTS = {
+    "Lightning's own loop": ["local.engine=stock"],
+    "many clients in one pass": ["executor=cohort", "+model.batch_norm=false", "callbacks.proximal.mu=0.1"],
+    "accumulation, clipping, Adam": [
+        "optimizer=adam",
+        "trainer.accumulate_grad_batches=2",
+        "trainer.gradient_clip_val=0.1",
+    ],
+    "statistics of each client": ["sharing.buffers=local"],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_so_does_every_way_to_train(variant: str, tiny_root: Path, tmp_path: Path) -> None:
+    in_a_process_of_its_own(same_bits, tiny_root, tmp_path, "method=fedprox", *VARIANTS[variant])
+
+
+def resumed(tiny_root: Path, folder: Path) -> None:
+    whole = train(tiny_root, folder / "whole", "method=scaffold", *OVERRIDES)
+    train(tiny_root, folder / "part", "method=scaffold", "loop.rounds=1", *OVERRIDES)
+    rest = train(tiny_root, folder / "part", "method=scaffold", f"resume='{folder / 'part'}'", *OVERRIDES)
+    assert_same(outcome(whole), outcome(rest))
+
+
+def test_a_run_resumes_there(tiny_root: Path, tmp_path: Path) -> None:
+    in_a_process_of_its_own(resumed, tiny_root, tmp_path)
+
+
+def reads(tiny_root: Path, folder: Path, *overrides: str) -> int:
+    before = calls["read"]
+    train(tiny_root, folder, *overrides, *OVERRIDES)
+    return calls["read"] - before
+
+
+def same_reads(tiny_root: Path, folder: Path, method: str) -> None:
+    once, often = (
+        reads(tiny_root, folder / epochs, f"method={method}", f"trainer.max_epochs={epochs}", "optimizer.lr=0.01")
+        for epochs in "14"
+    )
+    assert 0 < once == often
+
+
+@pytest.mark.parametrize(
+    "method", ["fedavg", "fedprox", "scaffold", "ditto", "apfl", "per_fedavg", "l2gd", "mocha", "virtual"]
+)
+def test_no_step_waits_for_the_device(method: str, tiny_root: Path, tmp_path: Path) -> None:
+    in_a_process_of_its_own(same_reads, tiny_root, tmp_path, method)
+
+
+def personalized_alike(tiny_root: Path, folder: Path) -> None:
+    # LoRA is for transformers.
+    strategies = {path.stem for path in (CONF / "personalization").glob("*.yaml")} - {"lora_ft"}
+    training.run(OmegaConf.create(config(tiny_root)), folder / "global")
+    given = [f"checkpoint={folder / 'global'}", f"personalization=[{','.join(strategies)}]", "save_models=true"]
+    for name, place in (("cpu", ()), ("device", OVERRIDES)):
+        personalization.run(compose_personalization(*given, *place), folder / name)
+        assert bool(calls) == (name == "device")
+    models = sorted((folder / "cpu" / "models").rglob("*.pt"))
+    assert len(models) == 3 * len(strategies)
+    for path in models:
+        assert_same(torch.load(path), torch.load(folder / "device" / path.relative_to(folder / "cpu")))
+    for path in [*(folder / "cpu" / "matrix").iterdir(), folder / "cpu" / "curves.csv"]:
+        assert path.read_text() == (folder / "device" / path.relative_to(folder / "cpu")).read_text()
+
+
+def test_every_strategy_ends_with_the_models_and_scores_of_the_cpu(tiny_root: Path, tmp_path: Path) -> None:
+    in_a_process_of_its_own(personalized_alike, tiny_root, tmp_path)
