@@ -5,13 +5,10 @@ from __future__ import annotations
 import gc
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
-import lightning
-import torch
+from fl_lightning.environment import environment
 
 Contender = Callable[[], None]
 
@@ -60,15 +57,6 @@ def spread(seconds: Mapping[str, list[float]], name: str, base: str = "bare") ->
 
 def circumstances() -> str:
     """Versions, commit and kind of machine, as one line."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    ).stdout.strip()
-    chip = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    return (
-        f"commit {commit or 'unknown'}, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"lightning {lightning.__version__}, {chip}"
-    )
+    found = environment()
+    commit, chip = found.get("commit", "unknown"), found.get("accelerator", f"{platform.machine()} CPU")
+    return f"commit {commit}, Python {found['python']}, torch {found['torch']}, lightning {found['lightning']}, {chip}"

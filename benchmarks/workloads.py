@@ -102,9 +102,7 @@ class Rounds:
             partial(torch.optim.SGD, lr=LR, momentum=MOMENTUM),
         )
         epochs = 2 * workload.epochs if method == "lp_ft" else workload.epochs
-        make = partial(
-            Trainer, accelerator="gpu" if device == "cuda" else "cpu", devices=1, max_epochs=epochs, **trainer
-        )
+        make = partial(Trainer, accelerator=device, devices=1, max_epochs=epochs, **trainer)
         self.loop = FederatedLoop(
             rounds=0,
             seed=0,

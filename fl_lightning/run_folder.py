@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,9 @@ from omegaconf import OmegaConf
 from fl_lightning import atomic
 from fl_lightning.config import differences
 from fl_lightning.data.partition import Partition
+from fl_lightning.environment import environment
+
+log = logging.getLogger(__name__)
 
 # What may differ when a run goes on: where it runs and what it shows change no result, and more rounds may follow.
 FREE_TO_CHANGE = ("resume", "executor", "progress", "paths", "loop.rounds", "checkpoint", "logger", "dashboard")
@@ -26,6 +31,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
+        self.environment = self.path / "environment.json"
         self.partition = self.path / "partition.json"
         self.metrics = self.path / "metrics.csv"
         self.results = self.path / "results.json"
@@ -45,6 +51,7 @@ class RunFolder:
                 f"choose another hydra.run.dir, or continue it with resume={self.path}"
             )
         self.path.mkdir(parents=True, exist_ok=True)
+        self._note_environment([])
         atomic.write_text(self.config, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
 
     def resume(self, config: Mapping[str, Any]) -> None:
@@ -62,6 +69,17 @@ class RunFolder:
             )
         atomic.remove_leftovers(self.path)
         atomic.remove_leftovers(self.checkpoints)
+        self._note_environment(json.loads(self.environment.read_text()) if self.environment.is_file() else [])
+
+    def _note_environment(self, before: list[dict[str, str]]) -> None:
+        """Add what goes on with the run to what it was made with; say so if its bits may no longer be the same."""
+        now = environment()
+        if before and (changed := differences(before[-1], now, ["command"])):
+            log.warning(
+                "begun in another environment, so the last bits may not be those of an uninterrupted run: %s",
+                "; ".join(changed),
+            )
+        atomic.write_text(self.environment, json.dumps([*before, now], indent=2) + "\n")
 
     def read_config(self) -> dict[str, Any]:
         """Return the configuration of the run, resolved.

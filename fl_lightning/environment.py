@@ -1,0 +1,50 @@
+"""What made a number: versions, the state of the source, the machine and the command."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+import fl_lightning
+
+#: Libraries whose version may change a result.
+LIBRARIES = ("torchvision", "lightning", "torchmetrics", "timm", "numpy", "scikit-learn")
+
+
+def environment() -> dict[str, str]:
+    """Return what a run is made with, in words: libraries, commit of the source, Python, machine, accelerator, command.
+
+    What cannot be known (the commit, outside a checkout; a library that is not installed) is left out.
+    """
+    found = {"fl_lightning": fl_lightning.__version__, "commit": _commit(), "python": platform.python_version()}
+    found["torch"] = torch.__version__  # with its build, which the package's metadata leave out
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    found["machine"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    if torch.cuda.is_available():
+        found["accelerator"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    found["command"] = shlex.join(sys.argv)
+    return {key: value for key, value in found.items() if value}
+
+
+@cache
+def _commit() -> str:
+    root = Path(fl_lightning.__file__).parents[1]
+    if not (root / ".git").exists():  # installed, perhaps into a folder of somebody else's repository
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
