@@ -23,10 +23,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
+#: As in ``trainer.accelerator``.
 NAME = "simulated"
-
-#: Overrides that send a run there.
-OVERRIDES = (f"trainer.accelerator={NAME}", "trainer.devices=1")
 
 #: How often each operation ran on the device; ``read`` counts how often the host waited for a value.
 calls: Counter[str] = Counter()
@@ -65,7 +63,7 @@ def in_a_process_of_its_own(work: Callable[..., None], *args: Any) -> None:
         AssertionError: If it failed, with its traceback.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.simulated_device", "fl_lightning.training", "fl_lightning.personalization"])
+    context.set_forkserver_preload([work.__module__])
     reader, writer = context.Pipe(duplex=False)
     child = context.Process(target=_work, args=(writer, work, args))
     child.start()

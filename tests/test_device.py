@@ -10,10 +10,12 @@ from omegaconf import OmegaConf
 
 from fl_lightning import personalization, training
 from fl_lightning.command_line import CONF
+from fl_lightning.run_folder import RunFolder
+from fl_lightning.training import Federation, assemble
 from tests import simulated_device
-from tests.federations import assert_same, config, federation, outcome
+from tests.federations import assert_same, config, outcome
 from tests.personalization.conftest import compose_personalization
-from tests.simulated_device import OVERRIDES, calls, in_a_process_of_its_own
+from tests.simulated_device import calls, in_a_process_of_its_own
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 
@@ -22,16 +24,21 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def train(tiny_root: Path, folder: Path, *overrides: str):
-    run = federation(tiny_root, folder, "seed=3", *overrides)
+def train(tiny_root: Path, folder: Path, *overrides: str, there: bool = True, **loop: int) -> Federation:
+    # Changed after composing, which takes longer than the run and is remembered.
+    settings = config(tiny_root, "seed=3", *overrides)
+    settings["loop"].update(loop)
+    if there:
+        settings["trainer"]["accelerator"] = simulated_device.NAME
+    run = assemble(settings, RunFolder(folder))
     run.fit()
     return run
 
 
 def same_bits(tiny_root: Path, folder: Path, *overrides: str) -> None:
-    here = outcome(train(tiny_root, folder / "cpu", *overrides))
+    here = outcome(train(tiny_root, folder / "cpu", *overrides, there=False))
     assert not calls
-    run = train(tiny_root, folder / "device", *overrides, *OVERRIDES)
+    run = train(tiny_root, folder / "device", *overrides)
     assert run.loop.local.device.type == simulated_device.NAME
     assert calls["aten::convolution"], "nothing was computed there"
     assert_same(here, outcome(run))
@@ -60,9 +67,9 @@ def test_so_does_every_way_to_train(variant: str, tiny_root: Path, tmp_path: Pat
 
 
 def resumed(tiny_root: Path, folder: Path) -> None:
-    whole = train(tiny_root, folder / "whole", "method=scaffold", *OVERRIDES)
-    train(tiny_root, folder / "part", "method=scaffold", "loop.rounds=1", *OVERRIDES)
-    rest = train(tiny_root, folder / "part", "method=scaffold", f"resume='{folder / 'part'}'", *OVERRIDES)
+    whole = train(tiny_root, folder / "whole", "method=scaffold")
+    train(tiny_root, folder / "part", "method=scaffold", rounds=1)
+    rest = train(tiny_root, folder / "part", "method=scaffold", f"resume='{folder / 'part'}'")
     assert_same(outcome(whole), outcome(rest))
 
 
@@ -70,18 +77,14 @@ def test_a_run_resumes_there(tiny_root: Path, tmp_path: Path) -> None:
     in_a_process_of_its_own(resumed, tiny_root, tmp_path)
 
 
-def reads(tiny_root: Path, folder: Path, *overrides: str) -> int:
-    before = calls["read"]
-    train(tiny_root, folder, *overrides, *OVERRIDES)
-    return calls["read"] - before
-
-
 def same_reads(tiny_root: Path, folder: Path, method: str) -> None:
-    once, often = (
-        reads(tiny_root, folder / epochs, f"method={method}", f"trainer.max_epochs={epochs}", "optimizer.lr=0.01")
-        for epochs in "14"
-    )
-    assert 0 < once == often
+    counts = []
+    for epochs in "14":
+        before = calls["read"]
+        overrides = [f"method={method}", f"trainer.max_epochs={epochs}", "optimizer.lr=0.01"]
+        train(tiny_root, folder / epochs, *overrides, rounds=1)
+        counts.append(calls["read"] - before)
+    assert 0 < counts[0] == counts[1]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +99,7 @@ def personalized_alike(tiny_root: Path, folder: Path) -> None:
     strategies = {path.stem for path in (CONF / "personalization").glob("*.yaml")} - {"lora_ft"}
     training.run(OmegaConf.create(config(tiny_root)), folder / "global")
     given = [f"checkpoint={folder / 'global'}", f"personalization=[{','.join(strategies)}]", "save_models=true"]
-    for name, place in (("cpu", ()), ("device", OVERRIDES)):
+    for name, place in (("cpu", []), ("device", [f"trainer.accelerator={simulated_device.NAME}"])):
         personalization.run(compose_personalization(*given, *place), folder / name)
         assert bool(calls) == (name == "device")
     models = sorted((folder / "cpu" / "models").rglob("*.pt"))
