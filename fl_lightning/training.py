@@ -278,7 +278,8 @@ def finish(loop: FederatedLoop, run_folder: RunFolder, config: Mapping[str, Any]
     )
     write_json(run_folder.results, results)
     if loop.logger is not None:
-        numbers = {f"final/{view}/{key}": v for view, s in summary.items() if s for key, v in s.items()}
+        # By this name TensorBoard shows the cards, of one point each, behind the curves.
+        numbers = {f"test_final/{view}/{key}": v for view, s in summary.items() if s for key, v in s.items()}
         log_hyperparameters(loop, config, numbers)
         loop.logger.finalize("success")
     return results
