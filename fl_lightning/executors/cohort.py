@@ -28,7 +28,7 @@ from fl_lightning.data.index_batches import IndexBatches
 from fl_lightning.executors.executor import Executor, Outcome
 from fl_lightning.local import LocalTraining
 from fl_lightning.module import FederatedModule
-from fl_lightning.state import State, match
+from fl_lightning.state import State, match, move, snapshot
 
 #: Optimizers that treat every number by itself, so that those of many clients may stand side by side.
 OPTIMIZERS = (SGD, Adam, AdamW, Adagrad, RMSprop)
@@ -135,14 +135,14 @@ class CohortExecutor(Executor):
         """Return all tensors of every client's model after its fit, on the CPU, and its mean training loss."""
         module, device = self.local.module, self.local.device
         names = list(starts[0])
-        stacked = {name: _stack([start[name] for start in starts], device) for name in names}
+        stacked = _stack(starts, device)
         total = torch.zeros(len(datas), device=device)
         counts = [0] * len(datas)
         for stretch in self.stretches:
             losses, steps = self._run(module, datas, stacked, stretch)
             total += losses
             counts = [count + more for count, more in zip(counts, steps, strict=True)]
-        final = {name: tensor.to("cpu") for name, tensor in stacked.items()}
+        final = snapshot(stacked)
         means = total.div(torch.tensor(counts, device=device)).tolist()
         return [{name: final[name][index].clone() for name in names} for index in range(len(datas))], means
 
@@ -264,12 +264,17 @@ def _gathered_steps(
         yield x.unflatten(0, (len(loaders), size)), y.unflatten(0, (len(loaders), size)), weights[step], ending
 
 
-def _stack(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Stack the tensors of several clients, mostly one and the same, on a device."""
-    first = tensors[0]
-    if all(tensor is first for tensor in tensors):
-        return first.to(device).expand(len(tensors), *first.shape).clone()
-    return torch.stack(list(tensors)).to(device)
+def _stack(states: Sequence[State], device: torch.device) -> State:
+    """Stack the tensors of several clients on a device; those that are one and the same for all are sent once."""
+    names = list(states[0])
+    alike = {name: all(state[name] is states[0][name] for state in states) for name in names}
+    sent = [states[0][name] if alike[name] else torch.stack([state[name] for state in states]) for name in names]
+    if device.type != "cpu":
+        sent = move(sent, device)
+    return {
+        name: (tensor.expand(len(states), *tensor.shape) if alike[name] else tensor).clone()
+        for name, tensor in zip(names, sent, strict=True)
+    }
 
 
 def _stream(loader: Batches, epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
