@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
+from benchmarks.bare import BareRounds
+from benchmarks.workloads import Rounds, Workload
 from fl_lightning import personalization, training
 from fl_lightning.command_line import CONF
+from fl_lightning.executors import CohortExecutor, SerialExecutor
 from fl_lightning.run_folder import RunFolder
 from fl_lightning.training import Federation, assemble
 from tests import simulated_device
@@ -92,6 +96,42 @@ def same_reads(tiny_root: Path, folder: Path, method: str) -> None:
 )
 def test_no_step_waits_for_the_device(method: str, tiny_root: Path, tmp_path: Path) -> None:
     in_a_process_of_its_own(same_reads, tiny_root, tmp_path, method)
+
+
+def operations(make: Callable[[Workload], Callable[[], None]], **workload: int) -> tuple[float, float]:
+    """How many operations a step of a round sends to the device, and how many the rest of the round does."""
+    counts = []
+    for epochs in (1, 3):
+        train_round = make(Workload("", examples=40, batch_size=10, epochs=epochs, **workload))
+        train_round()
+        before = calls.total() - calls["read"]
+        train_round()
+        counts.append(calls.total() - calls["read"] - before)
+    each = (counts[1] - counts[0]) / 8  # four steps an epoch
+    return each, counts[0] - 4 * each
+
+
+def few_operations() -> None:
+    bare, _ = operations(lambda work: BareRounds(work, device=simulated_device.NAME), clients=1, per_round=1)
+    lean, around = operations(
+        lambda work: Rounds(work, SerialExecutor(), engine="lean", device=simulated_device.NAME), clients=1, per_round=1
+    )
+    assert 50 < lean <= bare
+    assert around < 1.5 * bare
+    cohorts = [
+        operations(
+            lambda work, number=number: Rounds(work, CohortExecutor(number), device=simulated_device.NAME),
+            clients=number,
+            per_round=number,
+        )
+        for number in (2, 8)
+    ]
+    assert cohorts[0] == cohorts[1]
+    assert cohorts[0][0] < 4 * bare
+
+
+def test_a_step_launches_no_more_than_a_bare_loop_and_a_cohort_no_more_for_more_clients() -> None:
+    in_a_process_of_its_own(few_operations)
 
 
 def personalized_alike(tiny_root: Path, folder: Path) -> None:
