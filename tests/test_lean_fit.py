@@ -43,7 +43,7 @@ def both(tiny_root: Path, folder: Path, *overrides: str, plant: Any = None) -> t
         recorder = add_recorder(run)
         run.fit()
         runs.append(run)
-        left.append((outcome(run), [vars(update) for update in recorder.updates]))
+        left.append((outcome(run), [dict(vars(update)) for update in recorder.updates]))
     assert_same(left[0], left[1])
     return runs[0], runs[1]
 
@@ -59,7 +59,7 @@ def test_every_method(method: str, tiny_root: Path, tmp_path: Path) -> None:
         recorder = add_recorder(run)
         run.fit()
         runs.append(run)
-        left.append((outcome(run), [vars(update) for update in recorder.updates]))
+        left.append((outcome(run), [dict(vars(update)) for update in recorder.updates]))
     assert_same(left[0], left[1])
     if runs[1].loop.local._needs_stock:
         pytest.skip(f"{method} runs in Lightning's own loop, because {runs[1].loop.local._needs_stock}")
@@ -279,7 +279,7 @@ def test_lightnings_own_callbacks(
         _add(run, make())
         recorder = add_recorder(run)
         run.fit()
-        left.append((outcome(run), [vars(update) for update in recorder.updates]))
+        left.append((outcome(run), [dict(vars(update)) for update in recorder.updates]))
     assert_same(left[0], left[1])
     assert bool(run.loop.local._needs_stock) is not lean
 

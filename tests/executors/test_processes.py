@@ -95,7 +95,7 @@ def test_any_number_of_workers_gives_the_serial_result_to_the_bit(tiny_root: Pat
         run = federation(tiny_root, tmp_path / str(number), *common, *overrides)
         recorder = add_recorder(run)
         run.fit()
-        results.append((outcome(run), [vars(update) for update in recorder.updates]))
+        results.append((outcome(run), [dict(vars(update)) for update in recorder.updates]))
     for other in results[1:]:
         assert_same(results[0], other)
 

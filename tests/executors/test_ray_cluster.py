@@ -61,7 +61,7 @@ def test_same_bits_as_serial_and_a_killed_actor_is_replaced(
         run.fit()
         left = outcome(run)
         left["callbacks"].pop("planted", None)
-        runs.append((left, [vars(update) for update in recorder.updates]))
+        runs.append((left, [dict(vars(update)) for update in recorder.updates]))
     assert_same(runs[0], runs[1])
     assert "the actor of client bob is lost; its fit runs again" in caplog.text
 
