@@ -62,6 +62,7 @@ VARIANTS = {
         "trainer.gradient_clip_val=0.1",
     ],
     "statistics of each client": ["sharing.buffers=local"],
+    "in two worker processes": ["executor=processes", "executor.workers=2"],
 }
 
 
