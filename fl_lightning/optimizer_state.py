@@ -26,8 +26,15 @@ def pack(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> State:
 def unpack(optimizer: torch.optim.Optimizer, packed: State, names: dict[Tensor, str]) -> None:
     """Put back what `pack` gave; parameters without anything packed start afresh."""
     parameters = {name: parameter for parameter, name in names.items()}
+    # Where torch keeps the number of steps: on the CPU, unless a kernel reads it on the device.
+    counted_there = {
+        parameter
+        for group in optimizer.param_groups
+        if group.get("fused") or group.get("capturable")
+        for parameter in group["params"]
+    }
     for entry, value in packed.items():
         name, _, key = entry.rpartition("|")
         if (parameter := parameters.get(name)) is not None:
-            value = value.clone() if key == "step" else value.to(parameter.device, copy=True)
-            optimizer.state[parameter][key] = value
+            here = key == "step" and parameter not in counted_there
+            optimizer.state[parameter][key] = value.to("cpu" if here else parameter.device, copy=True)

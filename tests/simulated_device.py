@@ -34,6 +34,8 @@ COPIES = {"aten::copy_": (0, 1), "aten::_copy_from": (1, 0), "aten::_copy_from_a
 # A GPU too takes indices that lie on the host.
 TAKE_INDICES = {"aten::index.Tensor", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index.Tensor"}
 
+FUSED = "aten::_fused_"
+
 VIEWS = {"aten::view", "aten::_unsafe_view"}
 
 # These make a tensor of the same storage, by which the hidden one is found, or are made of operations that arrive here.
@@ -129,8 +131,9 @@ def _run(operation: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(value, Tensor) and value.device.type == NAME:
             hidden = _hidden[value.untyped_storage()._cdata][1]
             outer[id(hidden)] = value
-            value = hidden
-        elif isinstance(value, Tensor) and value.ndim and name not in COPIES and name not in TAKE_INDICES:
+            # Fused kernels go through memory. (A gradient of a transposed weight is shown as if it were not.)
+            value = hidden.contiguous() if name.startswith(FUSED) else hidden
+        elif isinstance(value, Tensor) and not _may_be_on_the_host(value, name):
             raise RuntimeError(f"{name} got a tensor on {value.device} of shape {tuple(value.shape)} beside {NAME}")
         elif isinstance(value, torch.device):
             value = torch.device("cpu")
@@ -154,6 +157,12 @@ def _run(operation: Any, *args: Any, **kwargs: Any) -> Any:
         return outer[id(value)] if id(value) in outer else _show(value if is_view else value.contiguous())
 
     return pytree.tree_map(shown, result)
+
+
+def _may_be_on_the_host(tensor: Tensor, operation: str) -> bool:
+    if operation in COPIES or operation in TAKE_INDICES:
+        return True
+    return tensor.ndim == 0 and not operation.startswith(FUSED)
 
 
 def _show(hidden: Tensor) -> Tensor:

@@ -62,6 +62,11 @@ VARIANTS = {
         "trainer.gradient_clip_val=0.1",
     ],
     "statistics of each client": ["sharing.buffers=local"],
+    "a fused optimizer that lives on": [
+        "optimizer=adam",
+        "+optimizer.fused=true",
+        "+callbacks.persistent._target_=fl_lightning.callbacks.persistent_optimizer.PersistentOptimizer",
+    ],
     "in two worker processes": ["executor=processes", "executor.workers=2"],
 }
 
