@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 
 Engine = Literal["auto", "lean", "stock"]
 
+#: Weights stay float32: what travels, is averaged and is scored has one type.
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
 # Per-fit folders, banners, bars and summaries would be written once per client and round.
 QUIET: dict[str, Any] = {
     "enable_progress_bar": False,
@@ -101,7 +104,8 @@ class LocalTraining:
             seed: The seed of the run.
 
         Raises:
-            ValueError: If a callback monitors validation data and ``validate`` is off, or finds that it cannot work.
+            ValueError: If a callback monitors validation data and ``validate`` is off, or finds that it cannot work; if
+                the Trainer's precision is none of :data:`PRECISIONS`.
         """
         self.module = module
         self.sharing = sharing
@@ -122,6 +126,11 @@ class LocalTraining:
         silence_lightning()
         trainer = self._new_trainer([])
         self.device = trainer.strategy.root_device
+        if trainer.precision not in PRECISIONS:
+            raise ValueError(
+                f"trainer.precision={trainer.precision} would change the type of the weights, which travel and are "
+                f"averaged; expected one of {', '.join(PRECISIONS)}"
+            )
         for callback in self.federated_callbacks:
             callback.check(module, trainer)
             if (stage := callback.stage(self)) is not None:

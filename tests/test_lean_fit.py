@@ -305,9 +305,10 @@ def test_engine_lean_refuses_and_auto_says_why(
     assert f"because {reason}" in caplog.text
 
 
-def test_engine_lean_refuses_other_precisions(tiny_root: Path, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="because trainer.precision is 64-true"):
-        federation(tiny_root, tmp_path, "local.engine=lean", "trainer.precision=64-true").fit()
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_weights_of_another_type_are_refused(precision: str, tiny_root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"precision={precision} would change .* one of 32-true, bf16-mixed, 16-mixed"):
+        federation(tiny_root, tmp_path, f"trainer.precision={precision}").fit()
 
 
 def test_unknown_engine_is_refused(tiny_root: Path, tmp_path: Path) -> None:
