@@ -127,12 +127,19 @@ def run_once(cfg: DictConfig, path: Path) -> Mapping[str, Any]:
     if folder.results.exists():
         if changed := differences(folder.read_config(), plain(cfg), IRRELEVANT):
             raise ValueError(f"{path} was run with other settings: {'; '.join(changed[:4])}. Choose another folder=")
+        say_if_made_elsewhere(folder)
         return read_json(folder.results)
     if folder.config.exists():
         cfg.resume = str(path)
     path.mkdir(parents=True, exist_ok=True)
     with (path / "output.txt").open("a") as output, redirect_stdout(output):
         return training.run(cfg, path)
+
+
+def say_if_made_elsewhere(folder: RunFolder) -> None:
+    """Print what a finished run, about to be used again, was made with, where that is not what is here now."""
+    if changed := folder.changed_environment():
+        print(f"  finished before: {'; '.join(changed)}. Remove {folder.path} to make it again", file=sys.stderr)
 
 
 def row(name: str, results: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class RunFolder:
                 f"choose another hydra.run.dir, or continue it with resume={self.path}"
             )
         self.path.mkdir(parents=True, exist_ok=True)
-        self._note_environment([])
+        self._note_environment()
         atomic.write_text(self.config, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
 
     def resume(self, config: Mapping[str, Any]) -> None:
@@ -69,17 +69,21 @@ class RunFolder:
             )
         atomic.remove_leftovers(self.path)
         atomic.remove_leftovers(self.checkpoints)
-        self._note_environment(json.loads(self.environment.read_text()) if self.environment.is_file() else [])
+        if changed := self.changed_environment():
+            log.warning("this run was begun in another environment, its last bits may differ: %s", "; ".join(changed))
+        self._note_environment()
 
-    def _note_environment(self, before: list[dict[str, str]]) -> None:
-        """Add what goes on with the run to what it was made with; say so if its bits may no longer be the same."""
-        now = environment()
-        if before and (changed := differences(before[-1], now, ["command"])):
-            log.warning(
-                "begun in another environment, so the last bits may not be those of an uninterrupted run: %s",
-                "; ".join(changed),
-            )
-        atomic.write_text(self.environment, json.dumps([*before, now], indent=2) + "\n")
+    def changed_environment(self) -> list[str]:
+        """List in words where what a run was last made with, if that was noted, differs from what is here now."""
+        before = self._environments()
+        return differences(before[-1], environment(), ["command"]) if before else []
+
+    def _environments(self) -> list[dict[str, str]]:
+        return json.loads(self.environment.read_text()) if self.environment.is_file() else []
+
+    def _note_environment(self) -> None:
+        noted = [*self._environments(), environment()]
+        atomic.write_text(self.environment, json.dumps(noted, indent=2) + "\n")
 
     def read_config(self) -> dict[str, Any]:
         """Return the configuration of the run, resolved.

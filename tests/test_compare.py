@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,19 @@ def test_every_run_of_every_comparison_composes_and_is_sound(name: str, run: str
     phases = (cfg.callbacks.get("schedule") or {}).get("phases", [])
     if len(phases) > 1:
         assert sum(phase["epochs"] for phase in phases) == cfg.trainer.max_epochs
+
+
+def test_a_finished_run_of_another_environment_is_said_to_be(
+    tiny: Comparison, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compare(tiny, ["fedavg"])
+    file = tiny.place(1) / "fedavg" / "environment.json"
+    compare(tiny, ["fedavg"])
+    assert "finished before" not in capsys.readouterr().err
+    (made,) = json.loads(file.read_text())
+    file.write_text(json.dumps([{**made, "lightning": "1.0"}]))
+    compare(tiny, ["fedavg"])
+    assert "finished before: lightning was '1.0', now" in capsys.readouterr().err
 
 
 def test_finished_runs_are_read_and_stopped_ones_go_on(tiny: Comparison) -> None:

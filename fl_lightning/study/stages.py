@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fl_lightning import atomic, personalization
 from fl_lightning.command_line import CONF
-from fl_lightning.compare import IRRELEVANT, run_once
+from fl_lightning.compare import IRRELEVANT, run_once, say_if_made_elsewhere
 from fl_lightning.config import plain
 from fl_lightning.evaluation.results import read_json
 from fl_lightning.run_folder import RunFolder
@@ -76,6 +76,7 @@ def personalize(cfg: DictConfig, checkpoint: Path, stages: Path) -> Path:
     run = RunFolder(folder)
     if run.results.exists():
         print(f"personalized before: {folder}")
+        say_if_made_elsewhere(run)
         return folder
     if folder.exists():
         shutil.rmtree(folder)
