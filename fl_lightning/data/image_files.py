@@ -41,15 +41,23 @@ def read_image(path: Path | str, channels: int, image_size: int, fit: Fit = "cro
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is truncated or not an image.
+        ValueError: If it is truncated, not an image, or of more than 8 bits per grey value.
     """
     try:
         with Image.open(path) as file:
-            pixels = np.array(file.convert("L" if channels == 1 else "RGB"))
+            mode = file.mode
+            # Pillow cuts the values of its grey modes of 16 and 32 bits (I, I;16, F) off at 255: all would be white.
+            deep = mode.startswith(("I", "F"))
+            pixels = None if deep else np.array(file.convert("L" if channels == 1 else "RGB"))
     except FileNotFoundError:
         raise FileNotFoundError(f"The image file '{path}' does not exist.") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"'{path}' is truncated or not an image ({error}); replace or remove it.") from error
+    if pixels is None:
+        raise ValueError(
+            f"'{path}' has more than 8 bits per grey value (Pillow's mode {mode}), whose range is not known; "
+            "scale it to 0 ... 255 and save it with 8 bits per channel."
+        )
     image = torch.from_numpy(pixels)
     image = image.unsqueeze(0) if channels == 1 else image.permute(2, 0, 1)
     return fit_square(image, image_size, fit).contiguous()

@@ -28,6 +28,20 @@ def test_other_kinds_of_images_become_colour(tmp_path: Path, mode: str) -> None:
     assert (read_image(path, 3, 4) >= 254).all()
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "mode"),
+    [("a.png", "<u2", "I;16"), ("a.tif", "<u2", "I;16"), ("a.tif", "<i4", "I"), ("a.tif", "<f4", "F")],
+)
+def test_grey_values_of_more_than_8_bits_are_refused(tmp_path: Path, name: str, dtype: str, mode: str) -> None:
+    Image.fromarray((np.arange(64).reshape(8, 8) * 1000).astype(dtype)).save(tmp_path / name)
+    for channels in (1, 3):
+        with pytest.raises(
+            ValueError, match=rf"{name}' has more than 8 bits .*mode {mode}\).* with 8 bits per channel"
+        ) as e:
+            read_image(tmp_path / name, channels, 8)
+        assert "truncated" not in str(e.value)
+
+
 def test_crop_keeps_the_centre_and_squash_keeps_all() -> None:
     image = torch.zeros(1, 4, 12, dtype=torch.uint8)
     image[..., :4], image[..., 4:8], image[..., 8:] = 10, 20, 30
