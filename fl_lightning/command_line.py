@@ -93,6 +93,9 @@ def import_work(name: str) -> ModuleType:
 def with_resume(arguments: list[str]) -> list[str]:
     """Put the overrides that a run was started with before the ones given now, where ``resume=<run folder>`` is given.
 
+    Where another option of a group is chosen now (``executor=serial``), what was set below the group is left out: it
+    belonged to the option of then (``executor.workers=2``).
+
     Raises:
         FileNotFoundError: If the folder holds no run.
     """
@@ -107,11 +110,22 @@ def with_resume(arguments: list[str]) -> list[str]:
     quoted = "'" + str(folder).replace("'", r"\'") + "'"
     saved = [str(item) for item in OmegaConf.load(overrides)]
     rest = [argument for argument in arguments if argument not in given]
+    groups = _chosen_anew(rest, folder)
+    below = tuple(prefix for group in groups for prefix in (f"{group}/", group.replace("/", ".") + "."))
+    ended = ("hydra.run.dir=", "resume=")
     # .hydra keeps the overrides of the first start, so that a run can be resumed any number of times.
     return [
-        *(item for item in saved if not item.startswith(("hydra.run.dir=", "resume="))),
+        *(item for item in saved if not item.startswith(ended) and not item.lstrip("+~").startswith(below)),
         *rest,
         f"resume={quoted}",
         f"hydra.run.dir={quoted}",
         "hydra.output_subdir=null",
     ]
+
+
+def _chosen_anew(arguments: list[str], folder: Path) -> list[str]:
+    """Return the groups of which the arguments choose another option than the run in the folder had."""
+    composed = folder / ".hydra" / "hydra.yaml"
+    before = OmegaConf.load(composed).hydra.runtime.choices if composed.is_file() else {}
+    pairs = [argument.partition("=")[::2] for argument in arguments if not argument.startswith("-")]
+    return [group for group, option in pairs if group and (CONF / group).is_dir() and before.get(group) != option]

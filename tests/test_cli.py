@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from fl_lightning.command_line import CONF, WORK, with_resume
 from fl_lightning.training import comparable
@@ -86,6 +88,53 @@ def test_resume_replays_the_overrides_of_the_first_start(tmp_path: Path) -> None
     assert with_resume(["seed=1"]) == ["seed=1"]
     with pytest.raises(FileNotFoundError, match="no run in this folder"):
         with_resume(["resume=nowhere"])
+
+
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        (["executor=processes", "executor.workers=2", "++executor.threads=2"], "executor=serial"),
+        (["executor.threads=2"], "executor=processes"),
+        (["executor.threads=2"], "executor=cohort"),
+        (["data=cifar10", "data/partition=dirichlet", "data.partition.alpha=0.1"], "data/partition=iid"),
+        (["data=cifar10", "data/partition=dirichlet", "data.partition.alpha=0.1", "+data.x=1"], "data=digits"),
+    ],
+)
+def test_resume_with_another_choice_leaves_out_what_belonged_to_the_old_one(
+    then: list[str], now: str, tmp_path: Path
+) -> None:
+    started(tmp_path, *then, "optimizer.lr=0.3")
+    arguments = [argument for argument in with_resume([f"resume={tmp_path}", now]) if "hydra." not in argument]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", arguments)
+        fresh = compose("train", [*(["data=cifar10"] if now.startswith("data/") else []), now])
+    group = now.partition("=")[0].replace("/", ".")
+    assert OmegaConf.to_container(OmegaConf.select(cfg, group)) == OmegaConf.to_container(
+        OmegaConf.select(fresh, group)
+    )
+    assert cfg.optimizer.lr == 0.3
+
+
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        (["executor=processes", "executor.workers=2"], "executor=processes"),
+        (["executor.threads=2"], "executor=serial"),  # the default
+        (["executor=processes", "executor.workers=2"], "loop.rounds=9"),
+    ],
+)
+def test_resume_with_the_same_choice_keeps_what_was_set(then: list[str], now: str, tmp_path: Path) -> None:
+    started(tmp_path, *then)
+    assert with_resume([f"resume={tmp_path}", now])[: len(then) + 1] == [*then, now]
+
+
+def started(folder: Path, *overrides: str) -> None:
+    """Leave what Hydra leaves of a run."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        choices = compose("train", list(overrides), return_hydra_config=True).hydra.runtime.choices
+    (folder / ".hydra").mkdir()
+    OmegaConf.save(OmegaConf.create(list(overrides)), folder / ".hydra" / "overrides.yaml")
+    OmegaConf.save(OmegaConf.create({"hydra": {"runtime": {"choices": choices}}}), folder / ".hydra" / "hydra.yaml")
 
 
 def test_torch_and_torchvision_of_different_builds_are_named(
