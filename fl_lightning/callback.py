@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, Trainer
@@ -39,6 +40,17 @@ class FederatedCallback(Callback):
     The halves may run in different processes, so they talk through ``broadcast.extra`` and ``update.extra`` alone; the
     client half remembers in ``client.memory``. Server state belongs in ``state_dict``: it is saved with every
     checkpoint. State of one fit is set in ``on_client_start`` or ``on_fit_start``, never in ``__init__``.
+
+    What may be relied on:
+
+    * What came down is shared by all clients of a round: neither half writes into tensors of ``broadcast``, it puts
+      others in their place. ``update`` holds tensors on the CPU, and only names of tensors that are shared.
+    * The server's half never writes ``client.memory``: what the fit kept there takes its place when the round is over.
+    * In ``on_update`` ``loop.state`` is still the old model, in ``on_aggregate_end`` the new one, and ``client.memory``
+      likewise.
+    * Within rounds torch's generators follow from the run's seed. The model is surely on its device from
+      ``on_train_start`` to ``on_train_end`` (``pl_module.device``); there a method may train before the fit.
+    * ``state_dict`` and ``client.memory`` hold tensors and plain values: nothing else is read back from a checkpoint.
 
     Any other Lightning callback lives for one fit: each fit gets a fresh copy of it.
     """
@@ -104,3 +116,20 @@ class FederatedCallback(Callback):
     def results(self, loop: FederatedLoop) -> dict[str, Any]:
         """Return entries of its own for ``results.json``: plain values under a key that is not taken."""
         return {}
+
+
+def check_hook_names(callback: FederatedCallback, name: str) -> None:
+    """Check that whatever a callback calls a hook is one.
+
+    Args:
+        callback: The callback.
+        name: Its key under ``callbacks``.
+
+    Raises:
+        ValueError: If a method's name begins like that of a hook, and is none.
+    """
+    known = [hook for hook in dir(FederatedCallback) if hook.startswith("on_")]
+    for method in dir(type(callback)):
+        if method.startswith("on_") and method not in known and callable(getattr(type(callback), method)):
+            close = " or ".join(get_close_matches(method, known) or known)
+            raise ValueError(f"callbacks.{name} has a method {method}, which is no hook; did you mean {close}?")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,12 +47,40 @@ class Checkpoint:
         return self.folder / "last.pt"
 
     def round_ended(self, loop: FederatedLoop) -> None:
-        """Save if it is time to, or if the run is about to stop."""
+        """Save if it is time to, or if the run is about to stop.
+
+        Raises:
+            TypeError: If something could not be read back, by name.
+        """
         if loop.round % self.every == 0 or loop.round == loop.rounds or loop.should_stop:
             content = {"format": FORMAT, **loop.state_dict()}
+            check_plain(content)
             if self.keep:
                 atomic.save(self.folder / f"round_{loop.round:05d}.pt", content)
             atomic.save(self.last, content)
+
+
+def check_plain(value: Any, name: str = "") -> None:
+    """Check that a checkpoint can be read back, which executes nothing and so knows tensors and plain values alone.
+
+    Args:
+        value: What is to be saved.
+        name: Where it stands.
+
+    Raises:
+        TypeError: If there is anything else in it.
+    """
+    if type(value) in (dict, OrderedDict):
+        for key, inner in value.items():
+            check_plain(inner, f"{name}.{key}" if name else str(key))
+    elif type(value) in (list, tuple, set):
+        for inner in value:
+            check_plain(inner, name)
+    elif not (value is None or isinstance(value, torch.Tensor) or type(value) in (bool, int, float, str, bytes)):
+        raise TypeError(
+            f"{name} is of type {type(value).__name__}, which cannot be read back from a checkpoint; keep tensors, "
+            "numbers, text, lists and dicts in state_dict and client.memory (torch.as_tensor takes arrays)"
+        )
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def instantiate(node: Any, path: str, /, *args: Any, **kwargs: Any) -> Any:
         # Hydra wraps the constructor's own sentence in a paragraph about itself.
         if isinstance(error.__cause__, (ValueError, TypeError, OSError, ImportError)):
             raise error.__cause__ from None
-        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path}: {error.__cause__ or str(error).splitlines()[0]}") from error
 
 
 def instantiate_dict(node: Mapping[str, Any] | None, path: str) -> dict[str, Any]:

@@ -126,6 +126,11 @@ class LocalTraining:
         silence_lightning()
         trainer = self._new_trainer([])
         self.device = trainer.strategy.root_device
+        if trainer.num_devices != 1:
+            raise ValueError(
+                f"a fit runs on one device, but the trainer asks for {trainer.num_devices}; set trainer.devices=1, and "
+                "for several GPUs executor=processes executor.workers=N"
+            )
         if trainer.precision not in PRECISIONS:
             raise ValueError(
                 f"trainer.precision={trainer.precision} would change the type of the weights, which travel and are "
@@ -177,11 +182,18 @@ class LocalTraining:
         overwrite(self.tensors(), self.start(client, broadcast))
         self.sharing.prepare(module)
         module.step_losses.clear()
-        for callback in self.federated_callbacks:
-            callback.on_client_start(client, module, broadcast)
+        versions = _versions(broadcast)
         with global_seed(derive_seed(self.seed, "fit", broadcast.round, client.id), self.device):
+            for callback in self.federated_callbacks:
+                callback.on_client_start(client, module, broadcast)
             metrics = self._train(module, client) if broadcast.train else {}
-        return self.finish(client, self.tensors(), metrics)
+            fit = self.finish(client, self.tensors(), metrics)
+        if written := [name for name, version in _versions(broadcast).items() if version > versions.get(name, version)]:
+            raise ValueError(
+                f"client {client.name}: {', '.join(written[:4])} of the broadcast was written to, which other clients "
+                "read too; clone a tensor before changing it"
+            )
+        return fit
 
     def start(self, client: Client, broadcast: Broadcast) -> State:
         """Return all tensors of the model where a fit starts, and fix the order of its batches.
@@ -208,6 +220,11 @@ class LocalTraining:
         update = Update(client.id, client.num_examples, snapshot(own, shared), metrics=metrics)
         for callback in self.federated_callbacks:
             callback.on_client_end(client, self.module, update)
+            if unknown := update.state.keys() - set(shared):
+                raise ValueError(
+                    f"callbacks.{callback.name} put {', '.join(sorted(unknown)[:4])} into update.state, which takes "
+                    "the model's shared tensors alone; for anything else there is update.extra"
+                )
         fixed = self.sharing.fixed_names(self.module)
         for name in fixed:
             if not torch.equal(own[name].to("cpu"), self.initial[name]):
@@ -273,6 +290,11 @@ class LocalTraining:
     def __getstate__(self) -> dict[str, Any]:
         # A Trainer does not travel to another process; one is made there.
         return {**self.__dict__, "_lean": None}
+
+
+def _versions(broadcast: Broadcast) -> dict[str, int]:
+    """How often each tensor of a message was written to."""
+    return {name: tensor._version for part in (broadcast.state, broadcast.extra) for name, tensor in part.items()}
 
 
 class FitLogger(Logger):

@@ -13,11 +13,12 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers.logger import Logger
 
 from fl_lightning.aggregators import Aggregator
-from fl_lightning.callback import FederatedCallback
+from fl_lightning.callback import FederatedCallback, check_hook_names
 from fl_lightning.client import Broadcast, Client, Update
 from fl_lightning.cohort import Cohort
 from fl_lightning.executors.executor import Executor
-from fl_lightning.local import LocalTraining
+from fl_lightning.local import LocalTraining, global_seed
+from fl_lightning.seeding import derive_seed
 from fl_lightning.sharing import Sharing
 from fl_lightning.state import State, all_finite
 
@@ -115,10 +116,15 @@ class FederatedLoop:
         """Add a plug-in behind those that are there.
 
         Raises:
-            ValueError: If the name is taken.
+            ValueError: If the name is taken, or a hook of a `FederatedCallback` has a name that nobody calls.
+            TypeError: If it is no Lightning callback.
         """
         if name in self.callbacks:
             raise ValueError(f"there are two callbacks named {name!r}; give one another name")
+        if not isinstance(callback, Callback):
+            raise TypeError(f"callbacks.{name} is a {type(callback).__name__}, which is no lightning.pytorch.Callback")
+        if isinstance(callback, FederatedCallback):
+            check_hook_names(callback, name)
         if isinstance(callback, FederatedCallback):
             callback.name = name
         self.callbacks[name] = callback
@@ -159,7 +165,9 @@ class FederatedLoop:
             for callback in self.federated_callbacks:
                 callback.on_federation_start(self)
             while self.round < self.rounds and not self.should_stop:
-                self._run_round()
+                # What the server's half of a method draws follows from the seed too; a fit has a seed of its own.
+                with global_seed(derive_seed(self.seed, "server", self.round), self.local.device):
+                    self._run_round()
             if not self.should_stop:
                 for callback in self.federated_callbacks:
                     callback.on_federation_end(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
@@ -30,9 +31,12 @@ from fl_lightning.executors import CohortExecutor, SerialExecutor
 from fl_lightning.local import QUIET, silence_lightning
 from fl_lightning.loop import FederatedLoop
 from fl_lightning.models.export import export_state_dict
+from fl_lightning.models.model import Model
 from fl_lightning.module import FederatedModule
 from fl_lightning.run_folder import RunFolder
 from fl_lightning.seeding import derive_seed
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -171,6 +175,11 @@ def new_module(config: Mapping[str, Any], num_classes: int, in_channels: int, im
         model = instantiate(
             config["model"], "model", num_classes=num_classes, in_channels=in_channels, image_size=image_size
         )
+        if not isinstance(model, Model):
+            raise ValueError(
+                f"model: {config['model']['_target_']} returned a {type(model).__name__}; expected "
+                "fl_lightning.models.model.Model(backbone, head, head_path), see docs/python.md"
+            )
         module: FederatedModule = instantiate(
             config["module"],
             "module",
@@ -273,9 +282,16 @@ def finish(loop: FederatedLoop, run_folder: RunFolder, config: Mapping[str, Any]
             },
             "data": config["data"],
             "partition_hash": loop_partition_hash(run_folder),
-            **{key: v for callback in loop.federated_callbacks for key, v in callback.results(loop).items()},
         },
     )
+    for callback in loop.federated_callbacks:
+        for key, value in callback.results(loop).items():
+            if key in results:
+                log.warning(
+                    "results.json has an entry %r already; that of callbacks.%s gets its name", key, callback.name
+                )
+                key = f"{callback.name}.{key}"
+            results[key] = value
     write_json(run_folder.results, results)
     if loop.logger is not None:
         # By this name TensorBoard shows the cards, of one point each, behind the curves.
