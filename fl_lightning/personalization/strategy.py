@@ -9,7 +9,8 @@ from itertools import product
 from typing import Any
 
 from lightning.pytorch import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from fl_lightning.callback import FederatedCallback
 from fl_lightning.callbacks.loss_flooding import LossFlooding
@@ -104,7 +105,7 @@ def build_strategies(cfg: DictConfig) -> list[Strategy]:
     Raises:
         ValueError: If a node or a value is not sound, by its name.
     """
-    grid = {str(key): list(values) for key, values in (cfg.get("grid") or {}).items()}
+    grid = _grid(cfg)
     nodes = {name: _resolved(cfg, {})[name] for name in _names(cfg)}
     strategies = []
     for name, node in nodes.items():
@@ -121,6 +122,20 @@ def build_strategies(cfg: DictConfig) -> list[Strategy]:
     return strategies
 
 
+def _grid(cfg: DictConfig) -> dict[str, list[Any]]:
+    """Return the values of every key of the grid."""
+    grid = cfg.get("grid")
+    if grid is None:
+        return {}
+    if not isinstance(grid, DictConfig):
+        raise ValueError(f"grid: expected keys with lists of values, such as {{lr: [0.005, 0.02]}}, got {grid!r}")
+    named_values = {str(key): values for key, values in grid.items()}
+    for key, values in named_values.items():
+        if not isinstance(values, ListConfig) or not values:
+            raise ValueError(f"grid: expected a list of values for {key}, such as [0.005, 0.02], got {values!r}")
+    return {key: list(values) for key, values in named_values.items()}
+
+
 def _names(cfg: DictConfig) -> list[str]:
     nodes = {**cfg.baselines, **cfg.personalization}
     return [str(name) for name, node in nodes.items() if node is not None]
@@ -133,7 +148,10 @@ def _resolved(cfg: DictConfig, values: Mapping[str, Any]) -> dict[str, dict[str,
     for key, value in values.items():
         try:
             OmegaConf.update(cfg, key, value, merge=False)
-        except Exception as error:
+        except (OmegaConfBaseException, ValueError) as error:
+            # Below a key that holds a value, a longer one is no key either; then the error names the shorter one.
+            if isinstance(error, ValidationError) and error.full_key == key:
+                raise ValueError(f"grid: {key}: {str(error).splitlines()[0]}") from error
             close = get_close_matches(key, [str(name) for name in cfg])
             hint = f"; did you mean {' or '.join(close)}?" if close else ""
             raise ValueError(f"grid: there is no key {key!r} in the configuration{hint}") from error
