@@ -91,6 +91,16 @@ class ClientData(LightningDataModule):
         self._seed = default_seed
         self._train_batches: Batches | None = None
 
+    @override
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(name={self.name!r}, num_classes={self.num_classes}, num_train={self.num_train}, "
+            f"num_val={self.num_val}, num_test={self.num_test})"
+        )
+
+    # Lightning's own looks for the data sets of torch data loaders.
+    __str__ = __repr__
+
     @property
     def num_train(self) -> int:
         return len(self._indices.train)

@@ -22,6 +22,11 @@ def test_summary_counts_every_example() -> None:
     assert data.label_counts("test").sum(dim=1).tolist() == [4, 3]
 
 
+def test_a_client_is_printed_with_its_counts() -> None:
+    client = Made(sizes=((10, 4),), val_fraction=0.2).clients[0]
+    assert str(client) == repr(client) == "ClientData(name='c0', num_classes=3, num_train=8, num_val=2, num_test=4)"
+
+
 def test_unseen_clients_come_last_and_keep_their_ids() -> None:
     data = Made(sizes=((10, 4), (6, 4), (7, 4)), num_unseen=1)
     assert [(client.id, client.name) for client in data.clients] == [(0, "c1"), (1, "c2")]
