@@ -63,7 +63,7 @@ def main(name: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         run()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: Hydra, of model=null
         if full_error:
             raise
         sys.exit(f"error: {explain(error, name, arguments)}")

@@ -39,6 +39,11 @@ def explain(error: Exception, name: str, arguments: Sequence[str]) -> str:
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} is not of the form key=value; a value with commas, brackets or signs needs quotes"
     overrides = OverridesParser.create().parse_overrides([word for word in arguments if not word.startswith("-")])
+    for override in overrides:
+        # Of a group, Hydra answers what is no name (null, 3, true) with a ValueError; ~group has no value.
+        group, no_name = override.key_or_group, isinstance(override.value(), int | float | None)
+        if no_name and not override.is_delete() and (CONF / group).is_dir():
+            return _no_such_file(f"{group}/{str(override.input_line).partition('=')[2]}", [group])
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _no_such_file(error.missing_cfg_file, [one.key_or_group for one in overrides])
     plain = [one for one in overrides if not (one.is_add() or one.is_force_add() or one.package)]

@@ -62,6 +62,15 @@ def test_a_misspelt_key_ends_in_one_sentence(name: str, tmp_path: Path, capsys: 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("group", ["model", "optimizer", "trainer", "executor"])
+def test_no_choice_ends_in_one_sentence(group: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("train", f"{group}=null", f"hydra.run.dir={tmp_path / 'run'}") == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith(f"error: there is no {group}=null; these are: ")
+    assert told.err.count("\n") == 1
+
+
 def test_a_mistake_that_shows_later_leaves_its_traceback_in_a_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
