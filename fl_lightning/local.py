@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -91,6 +92,8 @@ class LocalTraining:
         self._lean: LeanFit | None = None
         self._needs_stock = ""
         self.callbacks: list[Callback] = []
+        self.folder: Path | None = None
+        self._fit_name = ""
         self.stage = ""
         self.stages: dict[str, LocalTraining] = {}
 
@@ -182,6 +185,7 @@ class LocalTraining:
         overwrite(self.tensors(), self.start(client, broadcast))
         self.sharing.prepare(module)
         module.step_losses.clear()
+        self._fit_name = f"round_{broadcast.round}_client_{client.id}"
         versions = _versions(broadcast)
         with global_seed(derive_seed(self.seed, "fit", broadcast.round, client.id), self.device):
             for callback in self.federated_callbacks:
@@ -277,7 +281,7 @@ class LocalTraining:
         log.info("fits run in Lightning's own loop, because %s: the same result, but slower for small clients", reason)
 
     def _new_trainer(self, callbacks: Sequence[Callback]) -> Trainer:
-        logger = FitLogger() if needs_logging(callbacks) else False
+        logger = FitLogger(self.folder, self._fit_name) if needs_logging(callbacks) else False
         return self.trainer(callbacks=list(callbacks), logger=logger, **self._options(callbacks), **QUIET)
 
     def _options(self, callbacks: Sequence[Callback]) -> dict[str, Any]:
@@ -298,21 +302,33 @@ def _versions(broadcast: Broadcast) -> dict[str, int]:
 
 
 class FitLogger(Logger):
-    """Keeps the last value of whatever is logged within a fit, so that it reaches the server with the update."""
+    """Keeps the last value of whatever is logged within a fit, so that it reaches the server with the update.
 
-    def __init__(self) -> None:
+    Args:
+        folder: Where callbacks that write files, as `ModelCheckpoint`, find a folder of the fit's own.
+        fit: What that is called.
+    """
+
+    def __init__(self, folder: Path | None = None, fit: str = "") -> None:
         super().__init__()
+        self.folder = folder
+        self.fit = fit
         self.metrics: dict[str, float] = {}
 
     @property
     @override
+    def save_dir(self) -> str | None:
+        return None if self.folder is None else str(self.folder)
+
+    @property
+    @override
     def name(self) -> str:
-        return "fit"
+        return "fits"
 
     @property
     @override
     def version(self) -> str:
-        return ""
+        return self.fit
 
     @override
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:

@@ -54,6 +54,11 @@ class RunFolder:
         self._note_environment()
         atomic.write_text(self.config, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
 
+    def give_up(self) -> None:
+        """Leave the folder to another run: this one failed before anything of it was worth keeping."""
+        for file in (self.config, self.environment, self.partition):
+            file.unlink(missing_ok=True)
+
     def resume(self, config: Mapping[str, Any]) -> None:
         """Go on with the run that is here.
 

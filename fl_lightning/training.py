@@ -71,6 +71,10 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     with stop_after_round(loop, run_folder):
         try:
             federation.fit()
+        except Exception:
+            if loop.round == 0 and config["resume"] is None:
+                run_folder.give_up()
+            raise
         finally:
             if loop.progress is not None:
                 loop.progress.close()
@@ -107,6 +111,7 @@ def assemble(config: Mapping[str, Any], run_folder: RunFolder) -> Federation:
         if (run_folder.checkpoints / "last.pt").exists():
             resume = read_checkpoint(run_folder.checkpoints / "last.pt")
     loop = build_loop(config, run_folder, resume)
+    loop.local.folder = run_folder.path
     data: FederatedData = instantiate(config["data"], "data")
     module = build_module(config, data)
     if config["init_from"] is not None:

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 import fl_lightning
 from fl_lightning import environment as module
 from fl_lightning.environment import environment
-from tests.federations import federation
+from fl_lightning.training import run
+from tests.federations import config, federation
 
 
 def test_it_names_versions_machine_and_command() -> None:
@@ -55,3 +57,13 @@ def test_a_resumed_run_says_what_changed(tiny_root: Path, tmp_path: Path, caplog
         "1.0.0",
         torch.__version__,
     ]
+
+
+def test_a_start_that_failed_leaves_its_folder_free(tiny_root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    settings = OmegaConf.create(config(tiny_root, "optimizer.lr=-1.0"))
+    with pytest.raises(RuntimeError, match="Invalid learning rate"):
+        run(settings, folder)
+    run(OmegaConf.create(config(tiny_root)), folder)
+    with pytest.raises(ValueError, match="already holds a run"):
+        run(settings, folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 
+import pytest
 import torch
 
 from fl_lightning.local import global_seed
@@ -43,3 +44,15 @@ def test_local_training_travels_without_its_trainer(tiny_root: Path, tmp_path: P
     update = local.fit(client, broadcast).update
     again = pickle.loads(pickle.dumps(local)).fit(client, broadcast).update
     assert all(torch.equal(update.state[name], again.state[name]) for name in update.state)
+
+
+def test_checkpoints_of_fits_lie_in_the_run_folder(
+    tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    checkpoint = "+callbacks.best={_target_: lightning.pytorch.callbacks.ModelCheckpoint, monitor: train_loss}"
+    federation(tiny_root, tmp_path / "run", checkpoint).fit()
+    fits = {path.relative_to(tmp_path / "run").parts[1] for path in (tmp_path / "run").rglob("*.ckpt")}
+    assert fits == {f"round_{number}_client_{client}" for number in range(2) for client in range(3)}
+    assert not any((tmp_path / "elsewhere").iterdir())
