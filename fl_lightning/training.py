@@ -110,6 +110,11 @@ def assemble(config: Mapping[str, Any], run_folder: RunFolder) -> Federation:
         run_folder.resume(config)
         if (run_folder.checkpoints / "last.pt").exists():
             resume = read_checkpoint(run_folder.checkpoints / "last.pt")
+            if resume["round"] > config["loop"]["rounds"]:
+                raise ValueError(
+                    f"{run_folder.path} has done {resume['round']} rounds already, more than "
+                    f"loop.rounds={config['loop']['rounds']}; ask for at least as many"
+                )
     loop = build_loop(config, run_folder, resume)
     loop.local.folder = run_folder.path
     data: FederatedData = instantiate(config["data"], "data")

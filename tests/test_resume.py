@@ -81,3 +81,9 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model.pt"):
         read_tensors(path)
     assert not (tmp_path / "owned").exists()
+
+
+def test_fewer_rounds_than_were_done_are_refused(tiny_root: Path, tmp_path: Path) -> None:
+    federation(tiny_root, tmp_path, "loop.rounds=2").fit()
+    with pytest.raises(ValueError, match="has done 2 rounds already, more than loop.rounds=1"):
+        federation(tiny_root, tmp_path, f"resume='{tmp_path}'", "loop.rounds=1")
