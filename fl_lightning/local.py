@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers.logger import Logger
+from torch import Tensor
 from typing_extensions import override
 
 from fl_lightning.callback import FederatedCallback
@@ -192,10 +193,11 @@ class LocalTraining:
                 callback.on_client_start(client, module, broadcast)
             metrics = self._train(module, client) if broadcast.train else {}
             fit = self.finish(client, self.tensors(), metrics)
-        if written := [name for name, version in _versions(broadcast).items() if version > versions.get(name, version)]:
+        if any(tensor._version != version for _, tensor, version in versions):
+            written = ", ".join([name for name, tensor, version in versions if tensor._version != version][:4])
             raise ValueError(
-                f"client {client.name}: {', '.join(written[:4])} of the broadcast was written to, which other clients "
-                "read too; clone a tensor before changing it"
+                f"client {client.name}: {written} of the broadcast was written to, which other clients read too; "
+                "clone a tensor before changing it"
             )
         return fit
 
@@ -296,9 +298,11 @@ class LocalTraining:
         return {**self.__dict__, "_lean": None}
 
 
-def _versions(broadcast: Broadcast) -> dict[str, int]:
-    """How often each tensor of a message was written to."""
-    return {name: tensor._version for part in (broadcast.state, broadcast.extra) for name, tensor in part.items()}
+def _versions(broadcast: Broadcast) -> list[tuple[str, Tensor, int]]:
+    """The tensors of a message, and how often each was written to."""
+    return [
+        (name, tensor, tensor._version) for part in (broadcast.state, broadcast.extra) for name, tensor in part.items()
+    ]
 
 
 class FitLogger(Logger):

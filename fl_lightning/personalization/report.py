@@ -110,7 +110,9 @@ def report(
     print(f"{title}\n\n{plain_table(rows, best=BEST)}\n*: the highest of its column. {DEFINITIONS}\n")
     print(f"{HARM}\n\n{plain_table(harmed)}")
     place = run_folder.path
-    print(f"run folder: {place}\ncurves:     tensorboard --logdir {place}\npictures:   {run_folder.figures}")
+    print(f"run folder: {place}\ncurves:     tensorboard --logdir {place}")
+    if config["figures"]:
+        print(f"pictures:   {run_folder.figures}")
     return results
 
 
