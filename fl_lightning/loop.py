@@ -125,7 +125,6 @@ class FederatedLoop:
             raise TypeError(f"callbacks.{name} is a {type(callback).__name__}, which is no lightning.pytorch.Callback")
         if isinstance(callback, FederatedCallback):
             check_hook_names(callback, name)
-        if isinstance(callback, FederatedCallback):
             callback.name = name
         self.callbacks[name] = callback
 
