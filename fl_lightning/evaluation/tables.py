@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -89,15 +91,45 @@ def latex_table(
 
 
 def plain_table(
-    rows: Sequence[Row], columns: Sequence[str] | None = None, digits: int = 3, best: Best | None = None
+    rows: Sequence[Row],
+    columns: Sequence[str] | None = None,
+    digits: int = 3,
+    best: Best | None = None,
+    width: int | None = None,
 ) -> str:
-    """A table for the terminal; the best values carry a star. Arguments as in :func:`markdown_table`."""
+    """A table for the terminal; the best values carry a star.
+
+    Args:
+        rows: As in :func:`markdown_table`, and likewise the next three.
+        columns: Which columns, in which order.
+        digits: Decimals of floats.
+        best: Which cells carry a star.
+        width: Characters in a line. Columns that do not fit follow below, beside the first column. Default: those of
+            the terminal that standard output is; any number where it is none.
+    """
     columns, cells = _cells(rows, columns, digits, best, str, " ± ", "{}*")
     widths = _widths(columns, cells)
     right = _is_number(rows, columns)
     lines = [_pad(columns, widths, right), ["-" * width for width in widths]]
-    text = _lines([*lines, *(_pad(row, widths, right) for row in cells)], "", "  ", "")
-    return "".join(line.rstrip() + "\n" for line in text.splitlines())
+    lines += [_pad(row, widths, right) for row in cells]
+    if width is None and sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+    parts = [
+        "".join("  ".join(line[index] for index in part).rstrip() + "\n" for line in lines)
+        for part in _parts(widths, width)
+    ]
+    return "\n".join(parts)
+
+
+def _parts(widths: Sequence[int], width: int | None) -> list[list[int]]:
+    """The columns by number, in parts that are at most ``width`` characters wide; each part has the first column."""
+    parts: list[list[int]] = [[0]]
+    for index in range(1, len(widths)):
+        used = sum(widths[column] + 2 for column in parts[-1])
+        if width is not None and used + widths[index] > width and len(parts[-1]) > 1:
+            parts.append([0])
+        parts[-1].append(index)
+    return parts
 
 
 def _cells(

@@ -94,3 +94,14 @@ def test_a_table_without_rows_is_its_head() -> None:
 def test_unknown_direction_is_refused() -> None:
     with pytest.raises(ValueError, match="'drop' to be 'max' or 'min', but got 'low'"):
         markdown_table(ROWS, best={"drop": "low"})  # type: ignore[dict-item]
+
+
+def test_columns_that_do_not_fit_the_terminal_follow_below():
+    rows = [{"method": "ft", "local": 0.9, "others": 0.8, "worst": 0.7}]
+    assert plain_table(rows, width=21) == (
+        "method  local  others\n------  -----  ------\nft      0.900   0.800\n\n"
+        "method  worst\n------  -----\nft      0.700\n"
+    )
+    assert plain_table(rows, width=20).count("method") == 3
+    assert plain_table(rows, width=1).count("method") == 3  # a column is never left out
+    assert plain_table(rows) == plain_table(rows, width=1000)  # no terminal
