@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which the colour-blind can tell apart; https://jfly.uni-koeln.de/color/
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777", "#000000")
 MARKERS = "os^Dv<>P"
-GAIN, LOSS = COLOURS[2], COLOURS[1]
+GAIN, LOSS, UNCLEAR = COLOURS[2], COLOURS[1], "#9ca3af"
 _MOST_LABELS = 40  # names on an axis, before every other one is left out
 
 
@@ -362,7 +362,11 @@ def draw_equal_loss(
 
 
 def draw_gains(
-    changes: ArrayLike, clients: Sequence[str], title: str = "", label: str = "change of accuracy"
+    changes: ArrayLike,
+    clients: Sequence[str],
+    title: str = "",
+    label: str = "change of accuracy",
+    intervals: ArrayLike | None = None,
 ) -> Figure:
     """Who gains and who is harmed: one bar a client, the worst off first.
 
@@ -371,21 +375,31 @@ def draw_gains(
         clients: Names.
         title: Which strategy against which baseline.
         label: What the values are.
+        intervals: The low and high end of each change, of shape (clients, 2); NaN where it is not known. A change whose
+            interval holds 0 is grey: neither gain nor harm. Without intervals the sign decides.
     """
     values = np.asarray(changes, dtype=np.float64)
     if values.shape != (len(clients),):
         raise ValueError(f"Expected one change for each of {len(clients)} clients, but got shape {values.shape}.")
+    ends = np.stack([values, values], axis=1) if intervals is None else np.asarray(intervals, dtype=np.float64)
+    ends = np.where(np.isnan(ends), values[:, None], ends)
     order = [index for index in np.argsort(values, kind="stable") if not np.isnan(values[index])]
-    kept = values[order]
+    kept, low, high = values[order], ends[order, 0], ends[order, 1]
     figure, axes = _figure(_length(len(order), 0.2, 4.5, 16) + 0.8, 3.8)
-    _bars(axes, np.zeros(len(kept)), kept, [LOSS if value < 0 else GAIN for value in kept])
+    gain, hurt = low > 0, high < 0
+    colours = [GAIN if up else LOSS if down else UNCLEAR for up, down in zip(gain, hurt, strict=True)]
+    _bars(axes, np.zeros(len(kept)), kept, colours)
     axes.axhline(0, color="black", linewidth=0.8)
     if kept.size:
-        margin = 0.05 * max(float(np.ptp([0, *kept])), 1e-3)
-        axes.set_ylim(min(0, kept.min()) - margin, max(0, kept.max()) + margin)
+        if intervals is not None:
+            axes.vlines(np.arange(len(kept)), low, high, color="black", linewidth=1)
+        margin = 0.05 * max(float(np.ptp([0, *low, *high])), 1e-3)
+        axes.set_ylim(min(0, low.min()) - margin, max(0, high.max()) + margin)
         mean = float(kept.mean())
         axes.axhline(mean, color="black", linestyle=":", linewidth=1.2, label=f"mean {mean:+.3f}")
-        axes.plot([], [], "s", color=LOSS, label=f"{int((kept < 0).sum())} of {len(order)} clients hurt")
+        for which, colour, word in ((gain, GAIN, "gain"), (~gain & ~hurt, UNCLEAR, "unclear"), (hurt, LOSS, "hurt")):
+            if which.any() or word == "hurt":
+                axes.plot([], [], "s", color=colour, label=f"{word}: {int(which.sum())} of {len(order)} clients")
         axes.legend(fontsize=9, loc="upper left")
     axes.set_xlim(-0.7, max(len(order), 1) - 0.3)
     _name_axis(axes, "x", [clients[index] for index in order])

@@ -96,9 +96,9 @@ def scatter(
         lines = (x.start, x.end, cy, cy), (cx, cx, y.end, y.start)
         parts += [_line(*ends, "#9ca3af", 'stroke-dasharray="4 3"') for ends in lines]
     for index, (name, (across, up)) in enumerate(known.items()):
-        colour, spot = COLOURS[index % len(COLOURS)], 26 + 20 * index
+        colour, hollow, spot = COLOURS[index % len(COLOURS)], index >= len(COLOURS), 26 + 20 * index
         where = "" if name in inside else f" (off: {across.mean:.2f}, {up.mean:.2f})"
-        parts.append(f'<circle cx="{x.end + 16}" cy="{spot - 4}" r="5" fill="{colour}"/>')
+        parts.append(_spot(x.end + 16, spot - 4, colour, hollow))
         parts.append(_text(x.end + 27, spot, f"{name}{where}", anchor="start"))
         if name in inside:
             cx, cy = x(across.mean), y(up.mean)
@@ -106,8 +106,7 @@ def scatter(
                 faint = 'stroke-opacity="0.5" stroke-width="1.5"'
                 parts.append(_line(x(across.low), x(across.high), cy, cy, colour, faint))
                 parts.append(_line(cx, cx, y(up.low), y(up.high), colour, faint))
-            parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="5.5" fill="{colour}" stroke="#fff"/>')
-            parts.append(_text(cx + 8, cy - 7, name, size=11, anchor="start", colour=colour, bold=True))
+            parts.append(_spot(cx, cy, colour, hollow, name))
     return _svg(width, height, parts, f"{y_label} against {x_label}")
 
 
@@ -179,6 +178,13 @@ def _frame(x: Scale, y: Scale, x_label: str, y_label: str, height: float) -> lis
 
 def _line(x1: float, x2: float, y1: float, y2: float, colour: str, more: str = "") -> str:
     return f'<line x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}" stroke="{colour}" {more}/>'
+
+
+def _spot(x: float, y: float, colour: str, hollow: bool, name: str = "") -> str:
+    """Draw a point; the second of a colour is hollow. The name shows under the pointer."""
+    fill = "#fff" if hollow else colour
+    title = f"<title>{escape(name)}</title>" if name else ""
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{fill}" stroke="{colour}" stroke-width="2">{title}</circle>'
 
 
 def _text(

@@ -170,7 +170,7 @@ def report(
         model = source.model_config.get("name") or source.model_config["_target_"].rpartition(".")[2]
         where = f"{source.data.name}, {model}; {len(clients)} clients, {times}"
         visible = {name: groups[name] for name in shown}
-        show(figures(visible, clients, records, where, scoring), run_folder, logger)
+        show(figures(visible, clients, records, where, scoring, evidence), run_folder, logger)
     if logger is not None:
         log_numbers(records, results, config, text, logger)
         logger.finalize("success")
@@ -587,7 +587,12 @@ def settings_of(node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def figures(
-    groups: Groups, clients: Sequence[ClientInfo], records: Sequence[Record], place: str, scoring: Scoring
+    groups: Groups,
+    clients: Sequence[ClientInfo],
+    records: Sequence[Record],
+    place: str,
+    scoring: Scoring,
+    evidence: Evidence,
 ) -> dict[str, Figure]:
     """Draw everything that the run's outcomes allow, by name."""
     from fl_lightning.evaluation import figures as draw  # matplotlib takes half a second to import
@@ -608,7 +613,8 @@ def figures(
             sign = 1 if scoring.higher_is_better else -1
             changes = sign * (np.diagonal(matrix) - np.diagonal(matrices["none"]))
             title = f"{name} against none: {place}"
-            drawn[f"gains/{name}"] = draw.draw_gains(changes, names, title, f"change of {metric}")
+            ends = [found.interval[1:] for found in evidence.changes(name, "none")]
+            drawn[f"gains/{name}"] = draw.draw_gains(changes, names, title, f"change of {metric}", ends)
     drawn |= figures_of(records, place, metric)
     if frontier := draw_fronts(records, place, scoring):
         drawn["frontier"] = frontier

@@ -13,6 +13,7 @@ from torchvision.io import ImageReadMode, decode_image
 from fl_lightning.evaluation.figures import (
     GAIN,
     LOSS,
+    UNCLEAR,
     Curve,
     draw_client_rounds,
     draw_confusion,
@@ -152,10 +153,19 @@ def test_gains_count_who_is_hurt_and_leave_the_absent_out() -> None:
     colours = [tuple(colour[:3]) for colour in axes.collections[0].get_facecolor()]
     assert colours[0] == colours[1] == rgb(LOSS)
     assert colours[2] == rgb(GAIN)
-    assert legend(axes) == ["mean -0.067", "2 of 3 clients hurt"]
+    assert legend(axes) == ["mean -0.067", "gain: 1 of 3 clients", "hurt: 2 of 3 clients"]
     low, high = axes.get_ylim()
     assert low < -0.3
     assert high > 0.2
+
+
+def test_a_change_whose_interval_holds_0_is_neither_gain_nor_harm() -> None:
+    ends = [[0.1, 0.3], [-0.2, 0.05], [np.nan, np.nan], [-0.5, -0.2]]
+    axes = axes_of(draw_gains([0.2, -0.1, np.nan, -0.3], ["a", "b", "c", "d"], intervals=ends))
+    assert legend(axes) == ["mean -0.067", "gain: 1 of 3 clients", "unclear: 1 of 3 clients", "hurt: 1 of 3 clients"]
+    colours = [tuple(colour[:3]) for colour in axes.collections[0].get_facecolor()]
+    assert colours == [rgb(LOSS), rgb(UNCLEAR), rgb(GAIN)]
+    assert axes.get_ylim()[0] < -0.5
 
 
 def rgb(colour: str) -> tuple[float, ...]:
