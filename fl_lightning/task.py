@@ -342,6 +342,10 @@ class Language(_Classes):
         return out_of_range(targets[targets != self.ignored], num_classes)
 
     @override
+    def check(self, outputs: Tensor, targets: Tensor, num_classes: int) -> None:
+        super().check(outputs[..., :num_classes], targets, num_classes)  # a model may have more rows than tokens
+
+    @override
     def output_shape(self, targets: Tensor, num_classes: int) -> list[tuple[int, ...]]:
         return [(*targets.shape, num_classes)]
 

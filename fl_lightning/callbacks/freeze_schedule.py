@@ -82,8 +82,14 @@ class FreezeSchedule(FederatedCallback):
 
     @override
     def check(self, module: LightningModule, trainer: Trainer) -> None:
+        tied = _tied(module)
         for phase in self.phases:
-            match(module.state_dict(), phase.train)
+            found = match(module.state_dict(), phase.train)
+            if found and all(name in tied for name in found):
+                raise ValueError(
+                    f"{found[0]} shares its weights with {tied[found[0]]} and cannot train by itself; set model.tied="
+                    "false, where the model has that, or train both"
+                )
         epochs = trainer.max_epochs
         if trainer.max_steps == -1 and epochs is not None and not any(phase.steps for phase in self.phases):
             self._check_sum(sum(phase.epochs or 0 for phase in self.phases), epochs, "epochs", "trainer.max_epochs")
@@ -196,6 +202,13 @@ def _hold_still(module: nn.Module, prefix: str, training: set[str]) -> None:
         return
     for name, child in module.named_children():
         _hold_still(child, f"{prefix}{name}.", training)
+
+
+def _tied(module: nn.Module) -> dict[str, str]:
+    """Return the names of parameters that have another name before, by which torch knows them, with that name."""
+    first: dict[int, str] = {}
+    named = module.named_parameters(remove_duplicate=False)
+    return {name: first[id(p)] for name, p in named if first.setdefault(id(p), name) != name}
 
 
 def _batch_norms(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

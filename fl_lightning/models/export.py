@@ -80,6 +80,8 @@ def read_global_model(path: str | Path, head_path: str, names: Collection[str] =
     """
     path = Path(path)
     file = path / "global_model.pt" if path.is_dir() else path
+    if path.is_dir() and not file.exists() and (path / "config.json").is_file():
+        raise ValueError(f"{path} holds a model of transformers; begin with it by model=hf model.name={path}")
     content = _read_safetensors(file) if file.suffix == ".safetensors" else files.read_tensors(file)
     for key in ("state_dict", "state"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):

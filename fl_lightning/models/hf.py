@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +73,32 @@ def _tensor(value: Any) -> Tensor:
     return value
 
 
+def is_folder(path: str | Path) -> bool:
+    """Tell whether a path is a folder that holds a model of transformers."""
+    try:
+        return "model_type" in json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def kind_of(folder: str | Path) -> tuple[Kind | None, int]:
+    """Return what the model of a folder reads, None where it has no head that answers, and its number of classes."""
+    from transformers import AutoConfig
+    from transformers.models.auto import modeling_auto
+
+    known = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    names = {
+        "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "sequence": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        "image": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    }
+    own = set(known.get("architectures") or ())
+    found = [kind for kind in get_args(Kind) if own & {*names[kind].values()}]
+    config: Any = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    kind = found[0] if found else None
+    return kind, config.vocab_size if kind == "causal" else config.num_labels
+
+
 def hf(
     num_classes: int,
     in_channels: int = 1,
@@ -79,6 +107,8 @@ def hf(
     config: Mapping[str, Any] | None = None,
     kind: Kind = "causal",
     padding: int | None = None,
+    pretrained: bool = True,
+    tied: bool = True,
 ) -> Model:
     """Build a model of transformers; its last linear layer becomes the head.
 
@@ -95,6 +125,9 @@ def hf(
             configuration takes.
         kind: ``causal``, ``sequence`` (one class for each) or ``image``.
         padding: The token that fills up shorter sequences; None: that of the model's configuration, if it has one.
+        pretrained: Whether a model with a name brings its weights, or its form alone.
+        tied: False: a head that shares its weights with the model's embeddings gets a copy of its own, so that it can
+            train by itself.
 
     Raises:
         ImportError: If transformers is not installed.
@@ -112,9 +145,14 @@ def hf(
     maker: Any = getattr(transformers, CLASSES[kind])
     sizes: dict[str, Any] = {"vocab_size": num_classes} if kind == "causal" else {"num_labels": num_classes}
     if name is not None:
-        labels = {} if kind == "causal" else {**sizes, "ignore_mismatched_sizes": True}
+        labels = {} if kind == "causal" else sizes
+        own = {"trust_remote_code": False, **labels}
         try:
-            model = maker.from_pretrained(name, use_safetensors=True, trust_remote_code=False, **labels)
+            if pretrained:
+                more = {} if kind == "causal" else {"ignore_mismatched_sizes": True}
+                model = maker.from_pretrained(name, use_safetensors=True, **own, **more)
+            else:
+                model = maker.from_config(transformers.AutoConfig.from_pretrained(name, **own))
         except (OSError, ValueError) as error:
             raise RuntimeError(
                 f"model.name={name} cannot be loaded as {CLASSES[kind]}: {str(error).splitlines()[0]} Give a folder "
@@ -134,7 +172,8 @@ def hf(
             raise ArgumentError(f"config must describe a {kind} model, got {dict(config)}: {error}") from error
     model.float()
     known = model.config
-    if kind == "causal" and known.vocab_size != num_classes:
+    # Some models have more rows than their tokenizer has tokens, so that sizes divide.
+    if kind == "causal" and not 0.95 * known.vocab_size <= num_classes <= known.vocab_size:
         raise ValueError(
             f"model.name={name} knows {known.vocab_size} tokens, and the data have {num_classes}; give data.tokenizer "
             "the model's own"
@@ -147,8 +186,11 @@ def hf(
     padding = getattr(known, "pad_token_id", None) if padding is None else padding
     if kind == "sequence" and known.pad_token_id is None:
         known.pad_token_id = padding
-    path = _last_linear(model, num_classes, kind)
+    path = _last_linear(model, known.vocab_size if kind == "causal" else num_classes, kind)
     head = model.get_submodule(path)
+    if not tied and any(other is head.weight for other in _all_but(model, path)):
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        known.tie_word_embeddings = False
     x = _example(kind, known, in_channels, image_size, padding)
     with torch.no_grad():
         model.eval()
@@ -160,6 +202,12 @@ def hf(
             raise ValueError(f"{type(model).__name__} does more with its last layer {path} than apply it; take another")
     model.train()
     return Model(backbone.train(), head, path)
+
+
+def _all_but(model: nn.Module, path: str) -> list[nn.Parameter]:
+    """Return the parameters of all parts of a model but one."""
+    named = model.named_parameters(remove_duplicate=False)
+    return [parameter for name, parameter in named if not name.startswith(f"{path}.")]
 
 
 def _last_linear(model: Any, num_classes: int, kind: Kind) -> str:

@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fl_lightning.adapted import AdaptedModule
 from fl_lightning.data.federated_data import FederatedData
 from fl_lightning.data.partition import Partition
 from fl_lightning.executors import Executor, SerialExecutor
+from fl_lightning.models import hf
 from fl_lightning.models.adapters import with_adapters
 from fl_lightning.models.export import HEAD, read_global_model
 from fl_lightning.module import FederatedModule
@@ -19,6 +22,7 @@ from fl_lightning.run.folder import RunFolder
 from fl_lightning.run.own_module import takes_no_model
 from fl_lightning.run.training import build_module
 from fl_lightning.run.trust import check_trusted
+from fl_lightning.seeding import derive_seed
 from fl_lightning.state import all_finite, difference, load
 
 NEEDED = ("data", "model", "method", "loop", "trainer", "optimizer", "evaluation", "seed")
@@ -26,6 +30,9 @@ NEEDED = ("data", "model", "method", "loop", "trainer", "optimizer", "evaluation
 
 AT_SITES = "fl_lightning.sites.executor.SiteData"
 """The data of ``data=sites``."""
+
+HF = "fl_lightning.models.hf.hf"
+"""The model of ``model=hf``."""
 
 
 @dataclass
@@ -70,8 +77,11 @@ def read_training(checkpoint: str) -> Training | None:
         ValueError: If ``checkpoint`` is empty, or the folder's configuration is damaged or that of another script.
     """
     if not checkpoint.strip():
-        raise ValueError("checkpoint must be a run folder of train.py, a file of weights or the name of a timm model")
-    if not Path(checkpoint).is_dir():
+        raise ValueError(
+            "checkpoint must be a run folder of train.py, a file of weights, a folder of transformers or the name of a "
+            f"timm model, got {checkpoint!r}"
+        )
+    if not Path(checkpoint).is_dir() or hf.is_folder(checkpoint):
         return None
     run = RunFolder(checkpoint)
     config = run.read_config()
@@ -114,6 +124,8 @@ def open_source(
         if (given["data"] or {}).get("_target_") == AT_SITES:
             given["data"] = None  # executor=sites brings it, and the run says how its sites read their data
         return _from_run_folder(RunFolder(path), training, given, config, executor)
+    if path.is_dir():
+        return _from_transformers(checkpoint, given, config, executor)
     if path.exists():
         for key, value in given.items():
             if value is None:
@@ -153,7 +165,8 @@ def open_source(
             {"task": config.get("task")},
         )
     raise FileNotFoundError(
-        f"checkpoint={checkpoint} is neither a run folder of train.py, nor a file, nor the name of a timm model"
+        f"checkpoint={checkpoint} is neither a run folder of train.py, nor a file, nor a folder of transformers, nor the "
+        "name of a timm model"
     )
 
 
@@ -192,6 +205,46 @@ def _from_run_folder(
         "partition_hash": partition.hash,
     }
     return Source(module, data, model, description, training, parts)
+
+
+def _from_transformers(
+    checkpoint: str, given: Mapping[str, Any], config: Mapping[str, Any], executor: Executor
+) -> Source:
+    """Take the model of a folder of transformers, which says itself what it reads."""
+    if given["data"] is None:
+        raise ValueError(f"checkpoint={checkpoint} is a model of transformers, without clients; add data=...")
+    wanted = dict(given["model"] or {"_target_": HF})
+    if wanted["_target_"] != HF or wanted.get("name") not in (None, checkpoint):
+        raise ValueError(f"checkpoint={checkpoint} is a model of transformers; leave out model=, or set model=hf")
+    try:
+        kind, classes = hf.kind_of(checkpoint)
+    except ImportError as error:
+        raise ImportError(
+            f"checkpoint={checkpoint} needs transformers: pip install 'fl_lightning[text]'"
+        ) from error
+    if given["model"] is None:
+        if kind is None:
+            raise ValueError(
+                f"checkpoint={checkpoint} has no head for classes or tokens; set model=hf model.kind=sequence or image, "
+                "and new_head=true"
+            )
+        wanted["kind"] = kind
+    model = {**wanted, "name": checkpoint, "config": None, "pretrained": True}
+    data = executor.find_data({**given, "model": model})
+    if config["new_head"] and model["kind"] == "causal":
+        raise ValueError("new_head must be false for a language model, whose head holds its tokens")
+    if not config["new_head"] and model["kind"] != "causal" and (kind, classes) != (model["kind"], data.num_classes):
+        has = f"a head of {classes} classes" if kind == model["kind"] else "no head for classes"
+        raise ValueError(
+            f"checkpoint={checkpoint} has {has}, and the data have {data.num_classes}; set new_head=true for a new head"
+        )
+    module = build_module({**config, "model": model}, data)
+    if config["new_head"]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(config["seed"], "new head"))
+            module.head.reset_parameters()
+    description = {"checkpoint": checkpoint, "kind": "folder of transformers"}
+    return Source(module, data, model, description, None, {"task": config.get("task")})
 
 
 def put(module: FederatedModule, file: Path, new_head: bool = False) -> None:

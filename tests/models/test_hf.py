@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fl_lightning.callbacks.freeze_schedule import FreezeSchedule
 from fl_lightning.data.sets.texts import IGNORED, Texts
 from fl_lightning.evaluation.results import MetricsTable, read_json
 from fl_lightning.models import vit
@@ -238,3 +239,21 @@ def test_classes_of_texts(corpus: Path, tmp_path: Path) -> None:
     words += [f"+model.config={{{', '.join(f'{key}: {value}' for key, value in TINY['bert'].items())}}}"]
     assert call("train", *words, "loop.rounds=1", "dashboard=null", f"hydra.run.dir={tmp_path}") == 0
     assert read_json(tmp_path / "results.json")["metric"] == "accuracy"
+
+
+def test_a_head_of_tied_weights_is_probed_once_it_has_its_own() -> None:
+    freeze = FreezeSchedule([{"train": ["head"]}])
+    trainer = mock.Mock(max_epochs=1, max_steps=-1)
+    with pytest.raises(ValueError, match=r"shares its weights with backbone.transformer.wte.weight .* model.tied=false"):
+        freeze.check(FederatedModule(hf(11, config=TINY["gpt2"])), trainer)
+    model = hf(11, config=TINY["gpt2"], tied=False)
+    freeze.check(FederatedModule(model), trainer)
+    assert torch.equal(model.head.weight, model.backbone.transformer.wte.weight)
+    assert model.head.weight is not model.backbone.transformer.wte.weight
+
+
+def test_a_model_may_have_a_few_more_rows_than_its_tokenizer_has_tokens() -> None:
+    module = FederatedModule(hf(250, config={**TINY["gpt2"], "vocab_size": 256}), task=Language())
+    x = tokens(250)
+    module.task.check(module(x), x, 250)
+    assert module(x).shape[-1] == 256

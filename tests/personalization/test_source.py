@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from fl_lightning.callbacks.checkpoint import FORMAT
 from fl_lightning.models.export import import_state_dict, read_global_model
+from fl_lightning.personalization.run import _fresh_weights
 from fl_lightning.personalization.source import open_source
 from fl_lightning.run.config import plain
 from tests.personalization.conftest import compose_personalization
@@ -91,3 +92,60 @@ def test_a_file_without_tensors_is_refused(tmp_path: Path) -> None:
     (tmp_path / "odd.safetensors").write_bytes(b"x")
     with pytest.raises(ValueError, match="damaged, or no safetensors"):
         read_global_model(tmp_path / "odd.safetensors", "head")
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Any:
+    """Write a small vision transformer of transformers into a folder, for some classes or without a head."""
+    transformers = pytest.importorskip("transformers")
+
+    def save(classes: int | None, name: str = "vit") -> tuple[Path, Any]:
+        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = transformers.ViTConfig(image_size=8, patch_size=4, num_labels=classes or 2, **sizes)
+        kind = transformers.ViTForImageClassification if classes else transformers.ViTModel
+        plain = kind(config).eval()
+        plain.save_pretrained(tmp_path / name)
+        return tmp_path / name, plain
+
+    return save
+
+
+def test_a_folder_of_transformers_is_the_model_that_was_saved(saved: Any, tiny_root: Path, tmp_path: Path) -> None:
+    folder, plain = saved(3)
+    given = [f"checkpoint={folder}", "data=folder", f"data.root={tiny_root}"]
+    config = plain_config(*given)
+    source = open_source(config)
+    x = torch.rand(2, 3, 8, 8)
+    torch.testing.assert_close(source.module.eval()(x), plain(x).logits)
+    again = open_source(plain_config(*given, "model=hf", "model.kind=image"))
+    assert all(torch.equal(tensor, again.module.state_dict()[n]) for n, tensor in source.module.state_dict().items())
+    start, trained = _fresh_weights(source, config, 0), source.module.state_dict()
+    assert not any(torch.equal(start[name], trained[name]) for name in start if name.endswith("query.weight"))
+    fresh = open_source(plain_config(*given, "new_head=true"))
+    assert torch.equal(trained["backbone.vit.layernorm.weight"], fresh.module.state_dict()["backbone.vit.layernorm.weight"])
+    assert not torch.equal(fresh.module.head.weight, source.module.head.weight)
+
+
+def plain_config(*overrides: str) -> dict[str, Any]:
+    return plain(compose_personalization(*overrides))
+
+
+def test_a_head_that_a_folder_lacks_is_asked_for(saved: Any, tiny_root: Path) -> None:
+    data = ["data=folder", f"data.root={tiny_root}"]
+    four, _ = saved(4, "four")
+    none, _ = saved(None, "none")
+    with pytest.raises(ValueError, match="a head of 4 classes, and the data have 3; set new_head=true"):
+        open_source(plain_config(f"checkpoint={four}", *data))
+    assert open_source(plain_config(f"checkpoint={four}", *data, "new_head=true")).module.head.out_features == 3
+    with pytest.raises(ValueError, match="no head for classes or tokens; set model=hf model.kind=sequence or image, and"):
+        open_source(plain_config(f"checkpoint={none}", *data))
+    image = ["model=hf", "model.kind=image"]
+    with pytest.raises(ValueError, match="no head for classes, and the data have 3; set new_head=true"):
+        open_source(plain_config(f"checkpoint={none}", *data, *image))
+    assert open_source(plain_config(f"checkpoint={none}", *data, *image, "new_head=true")).module.head.out_features == 3
+    with pytest.raises(ValueError, match="is a model of transformers, without clients; add data="):
+        open_source(plain_config(f"checkpoint={four}"))
+    with pytest.raises(ValueError, match="leave out model=, or set model=hf"):
+        open_source(plain_config(f"checkpoint={four}", *data, "model=cnn2"))
+    with pytest.raises(ValueError, match="begin with it by model=hf model.name="):
+        read_global_model(four, "classifier")
