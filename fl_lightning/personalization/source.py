@@ -165,8 +165,8 @@ def open_source(
             {"task": config.get("task")},
         )
     raise FileNotFoundError(
-        f"checkpoint={checkpoint} is neither a run folder of train.py, nor a file, nor a folder of transformers, nor the "
-        "name of a timm model"
+        f"checkpoint={checkpoint} is neither a run folder of train.py, nor a file, nor a folder of transformers, nor "
+        "the name of a timm model"
     )
 
 
@@ -219,14 +219,12 @@ def _from_transformers(
     try:
         kind, classes = hf.kind_of(checkpoint)
     except ImportError as error:
-        raise ImportError(
-            f"checkpoint={checkpoint} needs transformers: pip install 'fl_lightning[text]'"
-        ) from error
+        raise ImportError(f"checkpoint={checkpoint} needs transformers: pip install 'fl_lightning[text]'") from error
     if given["model"] is None:
         if kind is None:
             raise ValueError(
-                f"checkpoint={checkpoint} has no head for classes or tokens; set model=hf model.kind=sequence or image, "
-                "and new_head=true"
+                f"checkpoint={checkpoint} has no head for classes or tokens; set model=hf model.kind=sequence or "
+                "image, and new_head=true"
             )
         wanted["kind"] = kind
     model = {**wanted, "name": checkpoint, "config": None, "pretrained": True}

@@ -122,7 +122,9 @@ def test_a_folder_of_transformers_is_the_model_that_was_saved(saved: Any, tiny_r
     start, trained = _fresh_weights(source, config, 0), source.module.state_dict()
     assert not any(torch.equal(start[name], trained[name]) for name in start if name.endswith("query.weight"))
     fresh = open_source(plain_config(*given, "new_head=true"))
-    assert torch.equal(trained["backbone.vit.layernorm.weight"], fresh.module.state_dict()["backbone.vit.layernorm.weight"])
+    assert torch.equal(
+        trained["backbone.vit.layernorm.weight"], fresh.module.state_dict()["backbone.vit.layernorm.weight"]
+    )
     assert not torch.equal(fresh.module.head.weight, source.module.head.weight)
 
 
@@ -137,7 +139,9 @@ def test_a_head_that_a_folder_lacks_is_asked_for(saved: Any, tiny_root: Path) ->
     with pytest.raises(ValueError, match="a head of 4 classes, and the data have 3; set new_head=true"):
         open_source(plain_config(f"checkpoint={four}", *data))
     assert open_source(plain_config(f"checkpoint={four}", *data, "new_head=true")).module.head.out_features == 3
-    with pytest.raises(ValueError, match="no head for classes or tokens; set model=hf model.kind=sequence or image, and"):
+    with pytest.raises(
+        ValueError, match="no head for classes or tokens; set model=hf model.kind=sequence or image, and"
+    ):
         open_source(plain_config(f"checkpoint={none}", *data))
     image = ["model=hf", "model.kind=image"]
     with pytest.raises(ValueError, match="no head for classes, and the data have 3; set new_head=true"):
