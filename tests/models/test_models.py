@@ -12,11 +12,22 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torchvision.models import resnet18 as torchvision_resnet18
 
-from fl_lightning.models import Model, cnn2, export_state_dict, import_state_dict, lenet5, resnet18, timm_model, vit
+from fl_lightning.models import (
+    Model,
+    cnn2,
+    export_state_dict,
+    import_state_dict,
+    lenet5,
+    resnet8,
+    resnet18,
+    timm_model,
+    vit,
+)
 
 FACTORIES = {
     "lenet5": lenet5,
     "cnn2": cnn2,
+    "resnet8": resnet8,
     "resnet18": resnet18,
     "resnet18_group": lambda **data: resnet18(norm="group", **data),
     "test_vit": lambda **data: timm_model("test_vit", **data),
@@ -36,8 +47,8 @@ def num_parameters(model: Model) -> int:
 
 @pytest.mark.parametrize(
     ("factory", "count"),
-    [(lenet5, 62_006), (cnn2, 878_538), (resnet18, 11_173_962)],
-    ids=["lenet5", "cnn2", "resnet18"],
+    [(lenet5, 62_006), (cnn2, 878_538), (resnet8, 78_042), (resnet18, 11_173_962)],
+    ids=["lenet5", "cnn2", "resnet8", "resnet18"],
 )
 def test_parameter_count_is_the_published_one(factory, count: int) -> None:
     assert num_parameters(factory(num_classes=10, in_channels=3, image_size=32)) == count
