@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fl_lightning.client import Broadcast, Client, ClientInfo, Exam, Scores, Split, Update
     from fl_lightning.cohort import Cohort
     from fl_lightning.evaluation.predict import Metrics
+    from fl_lightning.fit.local import LocalTraining
     from fl_lightning.module import FederatedModule
     from fl_lightning.sharing import Sharing
     from fl_lightning.state import State
@@ -49,6 +50,7 @@ class Server(Protocol):
     aggregator: Aggregator
     cohort: Cohort
     sharing: Sharing
+    local: LocalTraining
     executor: Any
     metrics: Metrics
     logger: Logger | None
@@ -96,7 +98,7 @@ class Server(Protocol):
     def score(self, exams: Iterable[tuple[ClientInfo, Exam]]) -> list[Scores]:
         """Have models scored where the data are."""
 
-    def ask(self, name: str, clients: Sequence[ClientInfo]) -> dict[int, State]:
+    def ask(self, name: str, clients: Sequence[ClientInfo], with_state: bool = True) -> dict[int, State]:
         """Ask clients something; the bytes count."""
 
     def run_stage(self, name: str, clients: Sequence[ClientInfo], round: int) -> dict[str, float]:

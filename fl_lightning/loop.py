@@ -312,17 +312,21 @@ class FederatedLoop:
         """Add numbers to the running round."""
         self._metrics.update(metrics)
 
-    def ask(self, name: str, clients: Sequence[ClientInfo]) -> dict[int, State]:
+    def ask(self, name: str, clients: Sequence[ClientInfo], with_state: bool = True) -> dict[int, State]:
         """Ask clients something before they train; the bytes of request and answer count.
 
         Args:
             name: The callback whose :meth:`~fl_lightning.callback.FederatedCallback.on_request` answers.
-            clients: Whom to ask. Each gets the shared tensors as they are now.
+            clients: Whom to ask.
+            with_state: Whether each gets the shared tensors as they are now.
 
         Returns:
             The answers by client id.
         """
-        tasks = [(client, Broadcast(self.round, self._shared_state(client), request=name)) for client in clients]
+        tasks = [
+            (client, Broadcast(self.round, self._shared_state(client) if with_state else {}, request=name))
+            for client in clients
+        ]
         self.bytes_down += sum(broadcast.num_bytes for _, broadcast in tasks)
         answers = {}
         for outcome in self.executor.run(tasks):

@@ -13,7 +13,7 @@ from fl_lightning.evaluation.results import MetricsTable, read_json
 
 LABELS = {
     "own": "mean accuracy on own test data",
-    "all": "mean accuracy on all clients' test data",
+    "everyone": "mean accuracy on everyone's test data",
 }
 
 
@@ -25,7 +25,7 @@ class Curve:
         name: The method.
         seconds: Simulated seconds since the start.
         megabytes: Traffic of all clients since the start, both ways.
-        accuracy: By ``own`` and ``all``.
+        accuracy: By ``own`` and ``everyone``.
     """
 
     name: str
@@ -38,7 +38,7 @@ def read_curve(run: Path) -> Curve:
     """Read one run folder.
 
     Args:
-        run: A run with the callback ``pooled`` and simulated time, which split methods have by themselves.
+        run: A run with the callback ``everyone`` and simulated time, which split methods have by themselves.
 
     Raises:
         FileNotFoundError: If it is no finished run.
@@ -46,25 +46,32 @@ def read_curve(run: Path) -> Curve:
     """
     table = MetricsTable(run / "metrics.csv")
     name = read_json(run / "results.json")["method"]
-    needed = ["split/simulated_seconds", "traffic/bytes_up", "traffic/bytes_down", "pooled/own", "pooled/all"]
+    needed = [
+        "split/simulated_seconds",
+        "traffic/bytes_up",
+        "traffic/bytes_down",
+        "personal_on/own",
+        "personal_on/everyone",
+    ]
     if missing := [column for column in needed if column not in table.columns]:
         raise ValueError(
-            f"{run} has no {', '.join(missing)}; run it with +callbacks.pooled={{_target_: "
-            "fl_lightning.callbacks.pooled_evaluation.PooledEvaluation}, a whole-model method also with a DeviceClock"
+            f"{run} has no {', '.join(missing)}; run it with +callbacks.everyone={{_target_: "
+            "fl_lightning.callbacks.everyone_evaluation.EveryoneEvaluation}, "
+            "a whole-model method also with a DeviceClock"
         )
     columns = {column: table.column(column) for column in needed}
     traffic = list(accumulate(up + down for up, down in zip(columns[needed[1]], columns[needed[2]], strict=True)))
-    scored = [index for index, value in enumerate(columns["pooled/own"]) if value is not None]
+    scored = [index for index, value in enumerate(columns["personal_on/own"]) if value is not None]
     return Curve(
         name,
         [columns[needed[0]][index] for index in scored],
         [traffic[index] / 1e6 for index in scored],
-        {key: [columns[f"pooled/{key}"][index] for index in scored] for key in LABELS},
+        {key: [columns[f"personal_on/{key}"][index] for index in scored] for key in LABELS},
     )
 
 
 def draw(curves: Sequence[Curve], path: Path) -> None:
-    """Draw accuracy on own and on all data (rows) against simulated time and bytes (columns), one line a run.
+    """Draw accuracy on own and on everyone's data (rows) against simulated time and bytes (columns), one line a run.
 
     Args:
         curves: The runs.

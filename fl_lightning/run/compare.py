@@ -30,7 +30,7 @@ from fl_lightning.run.overrides import CONF, composed
 TOLD = ("method=", "seed=", "resume=", "hydra.")
 """Overrides that the name of a run leaves out: the method is its first word, and seeds are averaged over."""
 
-BEST: Best = dict.fromkeys(("global", "personal", "worst personal", "worst global", "unseen"), "max")
+BEST: Best = dict.fromkeys(("global", "personal", "worst personal", "worst global", "unseen", "everyone"), "max")
 
 
 @dataclass
@@ -320,6 +320,7 @@ def row(name: str, results: Mapping[str, Any]) -> dict[str, Any]:
         "worst personal": views["personal"].get("worst"),
         "unseen": (results.get("unseen_personal") or results.get("unseen") or {}).get("weighted_mean"),
         "before tuning": before if before != after else None,
+        **({"everyone": results["personal_on"]["mean"]["everyone"]} if "personal_on" in results else {}),
         "after fit": results.get("after_fit", {}).get("weighted_mean"),
         "MB up": results["bytes_up"] / 1e6,
         "MB down": results["bytes_down"] / 1e6,

@@ -231,4 +231,9 @@ def result_table(results: Mapping[str, Any]) -> str:
     if "groups" in results:
         rows = [{"model": v, "clients": g, **m} for v, of_view in results["groups"].items() for g, m in of_view.items()]
         tables.append(f"Means over groups of clients:\n\n{plain_table(rows)}")
+    if "personal_on" in results:
+        served = results["personal_on"]
+        rows = [{"client": "mean", **served["mean"]}, *({"client": c, **v} for c, v in served["clients"].items())]
+        what = f"{title_of(results['metric'])} of each client's own model, on its own and on everyone's test data"
+        tables.append(f"{what}:\n\n{plain_table(rows if len(rows) <= 21 else rows[:1])}")
     return "\n".join(tables)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,6 +18,7 @@ from fl_lightning.checks import ArgumentError, above
 from fl_lightning.split.blocks import Chain
 from fl_lightning.split.cut import Cut
 from fl_lightning.split.traffic import Traffic
+from fl_lightning.state import num_bytes
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class BlockProfile:
         out_bytes: Bytes of the output in float32: what crosses a cut behind this block.
         saved_bytes: Bytes that autograd keeps for the backward pass, parameters not counted.
         param_bytes: Bytes of its parameters and buffers.
+        trained_bytes: Bytes of the parameters among them that are trained; None: all of ``param_bytes``.
     """
 
     name: str
@@ -35,6 +39,12 @@ class BlockProfile:
     out_bytes: int
     saved_bytes: int
     param_bytes: int
+    trained_bytes: int | None = None
+
+    def memory(self, batch_size: int, optimizer_slots: int) -> int:
+        """Return the bytes that training it takes: weights, gradients, optimizer, activations."""
+        trained = self.param_bytes if self.trained_bytes is None else self.trained_bytes
+        return self.param_bytes + trained * (1 + optimizer_slots) + batch_size * (self.saved_bytes + self.out_bytes)
 
 
 @dataclass(frozen=True)
@@ -68,13 +78,10 @@ class ModelProfile:
             at: The client's cut.
             end: First block of the tail.
             batch_size: Examples of a batch.
-            optimizer_slots: Tensors that the optimizer keeps per parameter: 0 for SGD, 1 with momentum, 2 for Adam.
+            optimizer_slots: See `optimizer_slots`.
         """
         held = [*self.blocks[:at], *self.blocks[end:], self.head]
-        return sum(
-            block.param_bytes * (2 + optimizer_slots) + batch_size * (block.saved_bytes + block.out_bytes)
-            for block in held
-        )
+        return sum(block.memory(batch_size, optimizer_slots) for block in held)
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,28 @@ class ClientProfile:
                 f"it has {', '.join(cls.__dataclass_fields__)}."
             )
         return cls(**values)
+
+    @classmethod
+    def measured(cls, device: torch.device) -> ClientProfile:
+        """Measure this machine: the memory that is free now, and the speed of a matrix product in float32.
+
+        Its links are not measured.
+        """
+        if device.type == "cuda":
+            memory = torch.cuda.mem_get_info(device)[0]
+        else:
+            memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        size, repeats, seconds = 256, 1, 0.0
+        matrix = torch.ones(size, size, device=device) / size
+        while seconds < 0.02:  # above the clock's noise
+            repeats *= 2
+            begin = time.perf_counter()
+            product = matrix
+            for _ in range(repeats):
+                product = product @ matrix
+            product.sum().item()  # waits for the device
+            seconds = time.perf_counter() - begin
+        return cls(flops_per_second=2 * size**3 * repeats / seconds, memory=float(memory))
 
     @classmethod
     def several(cls, profiles: Sequence[Mapping[str, Any]]) -> list[ClientProfile]:
@@ -160,11 +189,23 @@ def _measure(name: str, block: nn.Module, x: Tensor) -> tuple[BlockProfile, Tens
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
         out = block(x)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in (*block.parameters(), *block.buffers()))
-    return (
-        BlockProfile(name, counter.get_total_flops(), out.numel() * out.element_size(), sum(saved.values()), size),
-        out.detach(),
-    )
+    size = num_bytes(dict(enumerate((*block.parameters(), *block.buffers()))))
+    trained = num_bytes(dict(enumerate(p for p in block.parameters() if p.requires_grad)))
+    out_bytes = out.numel() * out.element_size()
+    return BlockProfile(name, counter.get_total_flops(), out_bytes, sum(saved.values()), size, trained), out.detach()
+
+
+def optimizer_slots(make: Callable[..., torch.optim.Optimizer]) -> int:
+    """Count the tensors that an optimizer keeps for each parameter: 0 for SGD, 1 with momentum, 2 for Adam.
+
+    It makes one step on a small matrix, and counts what has its size then. (Adafactor's rows and columns count 0.)
+    """
+    parameter = nn.Parameter(torch.zeros(3, 5))
+    optimizer = make([parameter])
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    kept = optimizer.state.get(parameter, {}).values()
+    return sum(isinstance(tensor, Tensor) and tensor.shape == parameter.shape for tensor in kept)
 
 
 Reach = Literal["front", "body", "tail"]
@@ -228,12 +269,14 @@ class LatencyModel:
         batch_size: Examples in a batch.
         server_flops_per_second: Speed of the server, above 0.
         align_at: Where the alignment is computed: ``"server"``, ``"client"``, or ``None`` without alignment.
+        optimizer_slots: Tensors that the clients' optimizer keeps per parameter; see `optimizer_slots`.
     """
 
     model: ModelProfile
     batch_size: int
     server_flops_per_second: float = float("inf")
     align_at: str | None = None
+    optimizer_slots: int = 0
 
     def batch(
         self, cut: Cut, client: ClientProfile, batch_size: int | None = None, reach: Reach = "front"

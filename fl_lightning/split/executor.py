@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 from typing_extensions import override
@@ -23,6 +25,7 @@ from fl_lightning.split.cost import (
     LatencyModel,
     Reach,
     asynchronous_seconds,
+    optimizer_slots,
     profile_model,
     sequential_seconds,
     with_weights,
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
 
 Schedule = Literal["sequential", "asynchronous"]
 PREFIX = "split/"
+MEASURED = ("flops_per_second", "memory")
 TRAINED = {True: "in one process, one client after another", False: "a body for each client, averaged"}
 
 
@@ -78,6 +82,8 @@ class SplitServer(SplitFit):
     Args:
         policy: Chooses every client's cut, once; all legal cuts in turn by default.
         profiles: What the clients' devices can do (``flops_per_second, memory, up, down``), used in turn.
+        measure: Whether every client measures its own free memory and its speed before the first round, and reports
+            them; ``profiles`` then says what its links can do.
         server_flops_per_second: Speed of the server, above 0.
         optimizer: As in `SplitFit`.
         keep_optimizer: Whether the body's optimizer lives on from fit to fit; else each fit starts a fresh one.
@@ -89,7 +95,7 @@ class SplitServer(SplitFit):
         in_turn: Whether the body is one copy; this takes ``executor=split``.
     """
 
-    saved = ("chosen", "sent", "simulated_seconds", "optimizers")
+    saved = ("chosen", "reported", "sent", "simulated_seconds", "optimizers")
 
     def __init__(
         self,
@@ -103,6 +109,7 @@ class SplitServer(SplitFit):
         schedule: Schedule = "sequential",
         frozen: bool = False,
         in_turn: bool = True,
+        measure: bool = False,
     ) -> None:
         super().__init__(optimizer, keep_optimizer, alignment, clip, frozen)
         if server_flops_per_second != float("inf"):
@@ -113,7 +120,9 @@ class SplitServer(SplitFit):
         self.server_flops_per_second = server_flops_per_second
         self.schedule = schedule
         self.in_turn = in_turn
+        self.measure = measure
         self.chosen: dict[int, int] = {}
+        self.reported: dict[int, dict[str, float]] = {}
         self.sent = Traffic().numbers()
         self.simulated_seconds = 0.0
         self.optimizers: dict[str, State] = {}
@@ -146,24 +155,35 @@ class SplitServer(SplitFit):
         module.to("cpu")
         check(module.blocks, module.backbone, x)
         ids = [client.id for client in loop.clients]
-        self._profile_of = {client: self.profiles[index % len(self.profiles)] for index, client in enumerate(ids)}
-        self.latency = self.latency_model(module, x, loop.clients[0].batch_size)
+        if self.measure and not self.reported:
+            answers = loop.ask(self.name, loop.clients, with_state=False)
+            self.reported = {client: {key: float(t) for key, t in told.items()} for client, told in answers.items()}
+        given = {client: self.profiles[index % len(self.profiles)] for index, client in enumerate(ids)}
+        self._profile_of = {client: replace(given[client], **self.reported.get(client, {})) for client in ids}
+        self.latency = self.latency_model(module, x, loop.clients[0].batch_size, loop.local.optimizer)
         if not self.chosen:  # a resumed run goes on with the recorded choice
-            choice = self.choose_cuts(module, self.latency, len(ids))
+            choice = self.choose_cuts(module, self.latency, list(self._profile_of.values()))
             self.chosen = {client: cut.at for client, cut in zip(ids, choice, strict=True)}
         self.cuts = {client: module.cut_at(at) for client, at in self.chosen.items()}
         sharing.assign(self.cuts)
 
-    def latency_model(self, module: SplitModule, x: Tensor, batch_size: int) -> LatencyModel:
+    @override
+    def on_request(self, client: Client, module: FederatedModule, broadcast: Broadcast) -> State:
+        """Return what this machine can do."""
+        device = ClientProfile.measured(module.device)
+        return {name: torch.tensor(getattr(device, name), dtype=torch.float64) for name in MEASURED}
+
+    def latency_model(self, module: SplitModule, x: Tensor, batch_size: int, optimizer: MakeOptimizer) -> LatencyModel:
         """Measure the blocks on one example ``(1, ...)``, and price batches by them."""
         profile = profile_model(module.blocks, module.head, x)
-        return LatencyModel(profile, batch_size, self.server_flops_per_second, self.alignment.place)
+        slots = optimizer_slots(optimizer)
+        return LatencyModel(profile, batch_size, self.server_flops_per_second, self.alignment.place, slots)
 
-    def choose_cuts(self, module: SplitModule, latency: LatencyModel, num_clients: int) -> list[Cut]:
-        """Return the policy's choice for the first, the second, ... client."""
+    def choose_cuts(self, module: SplitModule, latency: LatencyModel, profiles: Sequence[ClientProfile]) -> list[Cut]:
+        """Return the policy's choice for clients with these devices."""
         return [
-            self.policy.choose(index, self.profiles[index % len(self.profiles)], latency, module.start, module.end)
-            for index in range(num_clients)
+            self.policy.choose(index, profile, latency, module.start, module.end)
+            for index, profile in enumerate(profiles)
         ]
 
     @override
@@ -240,6 +260,7 @@ class SplitServer(SplitFit):
                 "end": module.end,
                 "blocks": list(module.blocks),
                 "cuts": {client.name: self.cuts[client.id].at for client in loop.clients},
+                "measured": {c.name: self.reported[c.id] for c in loop.clients if c.id in self.reported},
                 "trained": TRAINED[self.in_turn],
                 "simulated_schedule": self.schedule,
                 "bytes": self.sent,

@@ -45,36 +45,35 @@ class FixedCuts:
 
 
 class BudgetCuts:
-    """The latest cut whose front and tail fit the client's memory and compute a batch in time.
+    """The latest cut whose front and tail fit the client's memory, and compute a batch in time.
 
-    A client that cannot even hold the earliest cut is refused with what it lacks, before any training.
+    Time bends and memory does not: a client that is too slow for every cut takes the earliest, one whose memory does
+    not hold the earliest is refused before any training, with what it lacks.
 
     Args:
         seconds: Seconds of the client's own computation a batch, forward and backward, above 0.
-        optimizer_slots: Tensors its optimizer keeps per parameter: 0 for SGD, 1 with momentum, 2 for Adam.
     """
 
-    def __init__(self, seconds: float = float("inf"), optimizer_slots: int = 0) -> None:
+    def __init__(self, seconds: float = float("inf")) -> None:
         if seconds != float("inf"):
             above("seconds", seconds, 0)
-        self.seconds, self.optimizer_slots = seconds, optimizer_slots
+        self.seconds = seconds
 
     def choose(self, index: int, client: ClientProfile, latency: LatencyModel, start: int, end: int) -> Cut:
         """Return the latest cut within the budget.
 
         Raises:
-            ValueError: If no cut is.
+            ValueError: If the client's memory holds none.
         """
-        model, lack = latency.model, ""
+        model = latency.model
         for at in range(end - 1, start - 1, -1):
-            memory = model.client_memory(at, end, latency.batch_size, self.optimizer_slots)
+            memory = model.client_memory(at, end, latency.batch_size, latency.optimizer_slots)
             seconds = 3 * latency.batch_size * model.client_flops(at, end) / client.flops_per_second
-            if memory <= client.memory and seconds <= self.seconds:
+            if memory <= client.memory and (seconds <= self.seconds or at == start):
                 return Cut(start, at, end).check(len(model.blocks))
-            lack = f"{memory} of {client.memory:.0f} bytes, {seconds:.3g} of {self.seconds:.3g} s a batch"
         raise ValueError(
-            f"client {index} cannot even hold the cut {start}: it would need {lack}; "
-            "lower the batch size or `start`, or raise its profile or `seconds`."
+            f"client {index} cannot even hold the cut {start}: it would need {memory} of {client.memory:.0f} bytes; "
+            "lower data.batch_size or module.start, or raise its memory in callbacks.server.profiles"
         )
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 from fl_lightning.models import lenet5
+from fl_lightning.run.config import instantiate, plain
+from fl_lightning.run.overrides import composed
+from fl_lightning.run.training import new_module
 from fl_lightning.split.blocks import chain
 from fl_lightning.split.cost import (
     BatchSeconds,
@@ -18,6 +22,7 @@ from fl_lightning.split.cost import (
     ModelProfile,
     asynchronous_seconds,
     batch_bytes,
+    optimizer_slots,
     profile_model,
     sequential_seconds,
     with_weights,
@@ -149,6 +154,54 @@ def test_budget_takes_the_latest_cut_that_fits_memory_and_time() -> None:
     # a batch of 2 at cut 2 costs 3 * 2 * (10 + 20 + 5) FLOPs
     assert BudgetCuts(seconds=21).choose(0, ClientProfile(flops_per_second=10), latency, 1, 4).at == 2
     assert BudgetCuts(seconds=20.9).choose(0, ClientProfile(flops_per_second=10), latency, 1, 4).at == 1
+    # time bends: a client that is too slow for every cut takes the earliest
+    assert BudgetCuts(seconds=0.1).choose(0, ClientProfile(flops_per_second=10), latency, 1, 4).at == 1
+
+
+def test_optimizers_tensors_are_counted_and_take_memory() -> None:
+    makers = {torch.optim.SGD: 0, partial(torch.optim.SGD, momentum=0.9): 1, torch.optim.Adam: 2}
+    makers[partial(torch.optim.Adam, amsgrad=True)] = 3
+    for make, slots in makers.items():
+        assert optimizer_slots(partial(make, lr=0.1)) == slots
+    needed = MODEL.client_memory(2, 4, 2, 2)
+    assert needed - MODEL.client_memory(2, 4, 2, 0) == 2 * (1000 + 2000 + 500)
+    adam = LatencyModel(MODEL, batch_size=2, optimizer_slots=2)
+    assert BudgetCuts().choose(0, ClientProfile(memory=needed), adam, 1, 4).at == 2
+    assert BudgetCuts().choose(0, ClientProfile(memory=needed - 1), adam, 1, 4).at == 1
+
+
+def test_frozen_weights_take_neither_gradients_nor_optimizer() -> None:
+    layer = nn.Linear(4, 4)
+    layer.weight.requires_grad_(False)
+    block = profile_model({"layer": layer}, nn.Identity(), torch.zeros(1, 4)).blocks[0]
+    assert (block.param_bytes, block.trained_bytes) == (80, 16)
+    assert block.memory(1, 2) == 80 + 3 * 16 + block.saved_bytes + block.out_bytes
+
+
+@pytest.mark.parametrize("name", ["lenet5", "vit_tiny", "gpt_tiny"])
+def test_the_five_devices_get_unlike_cuts_by_default(name: str) -> None:
+    config = plain(composed("train", ["method=flexp_sfl", f"model={name}"]))
+    channels, size, classes = (1, 64, 256) if name == "gpt_tiny" else (3, 32, 10)
+    module = new_module(config, classes, channels, size)
+    server = instantiate(config["callbacks"]["server"], "callbacks.server")
+    x, make = module.example_input(channels, size), instantiate(config["optimizer"], "optimizer")
+    latency = server.latency_model(module, x, config["data"]["batch_size"], make)
+    assert latency.optimizer_slots == 2
+    cuts = [cut.at for cut in server.choose_cuts(module, latency, server.profiles)]
+    assert cuts == {"lenet5": [1, 1, 2, 2, 2], "vit_tiny": [1, 1, 2, 6, 6], "gpt_tiny": [1, 1, 1, 2, 4]}[name]
+
+
+@pytest.mark.parametrize(("policy", "kind"), [("fixed", FixedCuts), ("cheapest", CheapestCuts), ("budget", BudgetCuts)])
+def test_a_policy_is_one_word_on_the_command_line(policy: str, kind: type) -> None:
+    for method in ("flexp_sfl", "sl"):
+        config = plain(composed("train", [f"method={method}", f"split_policy={policy}"]))
+        assert isinstance(instantiate(config["callbacks"]["server"], "callbacks.server").policy, kind)
+
+
+def test_a_machine_measures_itself() -> None:
+    device = ClientProfile.measured(torch.device("cpu"))
+    assert 1e6 < device.flops_per_second < 1e14
+    assert 1e6 < device.memory < 1e13
 
 
 def test_cheapest_follows_its_weights() -> None:

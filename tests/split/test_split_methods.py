@@ -49,6 +49,7 @@ def test_flexp_sfl_with_equal_cuts_and_no_alignment_is_split_learning(tiny_root:
         tiny_root,
         tmp_path / "flexp",
         "flexp_sfl",
+        "split_policy=fixed",
         "callbacks.server.policy.cuts=[1]",
         "callbacks.server.alignment.weight=0",
     )
@@ -75,6 +76,18 @@ def test_bytes_and_seconds_are_what_the_formulas_say(tiny_root: Path, tmp_path: 
     result = server.results(run.loop)["split"]
     assert result["cuts"] == {client.name: server.cuts[client.id].at for client in run.clients}
     assert sum(result["bytes"].values()) == up + down
+
+
+def test_clients_report_their_own_memory_and_speed(tiny_root: Path, tmp_path: Path) -> None:
+    given = ["loop.rounds=0", "callbacks.server.measure=true", "callbacks.everyone=null"]
+    run = train(tiny_root, tmp_path / "run", "flexp_sfl", *given)
+    with run.open():
+        server = run.loop.callbacks["server"]
+        found = server.results(run.loop)["split"]["measured"]
+    assert found.keys() == {client.name for client in run.clients}
+    assert all(device["memory"] > 1e6 and device["flops_per_second"] > 1e6 for device in found.values())
+    assert server._profile_of[run.clients[0].id].up == server.profiles[0].up  # links are not measured
+    assert run.loop.bytes_down == 0
 
 
 def test_splitfed_counts_the_clients_ends_beside_the_activations(tiny_root: Path, tmp_path: Path) -> None:
@@ -121,7 +134,7 @@ def test_body_is_one_copy_that_clients_train_in_turn(tiny_root: Path, tmp_path: 
         (["callbacks.server.in_turn=false"], "callbacks.server.in_turn=true, or executor=serial"),
         (["~module", "+module._target_=fl_lightning.module.FederatedModule"], "needs a SplitModule"),
         (["module.start=0"], "1 <= start"),
-        (["callbacks.server.policy.cuts=[5]"], "got start 1, cut 5, end 2"),
+        (["split_policy=fixed", "callbacks.server.policy.cuts=[5]"], "got start 1, cut 5, end 2"),
         (["module.lr_factors={middle: 1}"], "lr_factors must be one of base, top, tail, head"),
     ],
 )
@@ -267,7 +280,7 @@ def test_language_model_on_texts(model: str, tmp_path: Path) -> None:
     overrides = [
         "data=tokens", f"data.root={root}", "data.length=6", f"model={model}", "model.width=16", "model.depth=3",
         "method=flexp_sfl", "loop.rounds=3", "trainer.max_epochs=2", "optimizer.lr=0.01", "logger=none",
-        "dashboard=null", "data.batch_size=4",
+        "dashboard=null", "data.batch_size=4", "split_policy=fixed",
     ]  # fmt: skip
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = plain(compose("train", overrides))
@@ -277,7 +290,7 @@ def test_language_model_on_texts(model: str, tmp_path: Path) -> None:
     assert [server.cuts[client.id].at for client in run.clients] == [1, 2, 3]
     first, last = run.loop.history[0], run.loop.history[-1]
     assert last["fit/train_loss"] < first["fit/train_loss"] / 2
-    assert last["pooled/own"] > last["pooled/all"]  # each text has a rule of its own
+    assert last["personal_on/own"] > last["personal_on/everyone"]  # each text has a rule of its own
 
 
 @pytest.mark.every

@@ -34,12 +34,14 @@ def build(options: argparse.Namespace) -> SplitService:
     server = make_server(config)
     module = new_module(config, options.classes, options.channels, options.size)
     assert isinstance(module, SplitModule)
-    module.context = FitContext(instantiate(config["optimizer"], "optimizer"))  # for a body that has none of its own
+    optimizer = instantiate(config["optimizer"], "optimizer")
+    module.context = FitContext(optimizer)  # for a body that has none of its own
     x = module.example_input(options.channels, options.size)
-    latency = server.latency_model(module, x, config["data"]["batch_size"])
+    latency = server.latency_model(module, x, config["data"]["batch_size"], optimizer)
+    profiles = [server.profiles[index % len(server.profiles)] for index in range(options.clients)]
     return SplitService(
         server.new_body(module),
-        dict(enumerate(server.choose_cuts(module, latency, options.clients))),
+        dict(enumerate(server.choose_cuts(module, latency, profiles))),
         fingerprint(config, module),
         options.folder / "server.pt",
         options.save_every,

@@ -162,7 +162,10 @@ def test_clients_with_other_settings_are_told_which(tiny_root: Path, tmp_path: P
         for settings, words in (
             ([*SETTINGS[:-1], "seed=4"], "another seed than"),
             ([*SETTINGS, "module.start=1", "module.end=0"], "another module (where the model is cut, lr_factors) than"),
-            ([*SETTINGS, "callbacks.server.policy.cuts=[1]"], "another callbacks.server (cuts, alignment) than"),
+            (
+                [*SETTINGS, "split_policy=fixed", "callbacks.server.policy.cuts=[1]"],
+                "another callbacks.server (cuts, alignment) than",
+            ),
         ):
             processes.settings = settings
             process = processes.client(0, port)
