@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from fl_lightning.client import Broadcast, Client, ClientInfo, Exam, Scores, Split, Update
     from fl_lightning.cohort import Cohort
     from fl_lightning.evaluation.predict import Metrics
-    from fl_lightning.fit.local import LocalTraining
     from fl_lightning.module import FederatedModule
     from fl_lightning.sharing import Sharing
     from fl_lightning.state import State
@@ -50,7 +49,7 @@ class Server(Protocol):
     aggregator: Aggregator
     cohort: Cohort
     sharing: Sharing
-    local: LocalTraining
+    local: Any
     executor: Any
     metrics: Metrics
     logger: Logger | None

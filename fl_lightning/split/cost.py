@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -18,7 +18,6 @@ from fl_lightning.checks import ArgumentError, above
 from fl_lightning.split.blocks import Chain
 from fl_lightning.split.cut import Cut
 from fl_lightning.split.traffic import Traffic
-from fl_lightning.state import num_bytes
 
 
 @dataclass(frozen=True)
@@ -189,10 +188,14 @@ def _measure(name: str, block: nn.Module, x: Tensor) -> tuple[BlockProfile, Tens
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
         out = block(x)
-    size = num_bytes(dict(enumerate((*block.parameters(), *block.buffers()))))
-    trained = num_bytes(dict(enumerate(p for p in block.parameters() if p.requires_grad)))
+    size = _size((*block.parameters(), *block.buffers()))
+    trained = _size(p for p in block.parameters() if p.requires_grad)
     out_bytes = out.numel() * out.element_size()
     return BlockProfile(name, counter.get_total_flops(), out_bytes, sum(saved.values()), size, trained), out.detach()
+
+
+def _size(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def optimizer_slots(make: Callable[..., torch.optim.Optimizer]) -> int:
