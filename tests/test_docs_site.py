@@ -65,6 +65,16 @@ def test_the_tutorial_of_data(folder: Path) -> None:
     assert call("train", "data=folder", "data.root=DIR", "model=lenet5", *short) == 0
 
 
+def test_the_tutorial_of_sites(folder: Path) -> None:
+    """Its files are read by the simulation, and by the site that says what would leave."""
+    (block,) = blocks("simulation_to_sites.md")
+    exec(compile(block, "simulation_to_sites.md", "exec"), {})
+    short = ["loop.rounds=1", "logger=none", "dashboard=null"]
+    assert call("train", "data=folder", "data.root=DIR", "method=fedper", *short, "hydra.run.dir=run") == 0
+    results = json.loads((folder / "run" / "results.json").read_text())
+    assert [entry["name"] for entry in results["clients"]] == ["hospital_a", "hospital_b", "hospital_c"]
+
+
 def test_the_reference_has_every_key_with_a_value() -> None:
     page = pages.configuration()
     assert "| `loop.rounds` | `20` | `int` |" in page
