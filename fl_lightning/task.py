@@ -238,7 +238,40 @@ class Classification(_Classes):
         return [(len(targets), num_classes)]
 
 
-class Segmentation(_Classes):
+class _Places(_Classes):
+    """A class for each of several places of an example, of which some do not count."""
+
+    dimensions: ClassVar[tuple[int, ...]]
+    """How many dimensions targets may have."""
+
+    def __init__(
+        self, loss: str | Loss | None = None, class_weights: Sequence[float] | None = None, ignored: int = -100
+    ) -> None:
+        super().__init__(loss, class_weights)
+        self.ignored = ignored
+
+    @property
+    @override
+    def metrics(self) -> Mapping[str, Named]:
+        return {name: metric for name, metric in super().metrics.items() if isinstance(metric, Mean)}
+
+    @override
+    def flat(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        counted = targets.flatten() != self.ignored
+        return outputs.flatten(0, -2)[counted], targets.flatten()[counted]
+
+    @override
+    def label_counts(self, targets: Tensor, num_classes: int) -> Tensor:
+        return super().label_counts(targets[targets != self.ignored], num_classes)
+
+    @override
+    def target_problem(self, targets: Tensor, num_classes: int) -> str:
+        if targets.is_floating_point() or targets.ndim not in self.dimensions:
+            return described(targets)
+        return out_of_range(targets[targets != self.ignored], num_classes)
+
+
+class Segmentation(_Places):
     """One class for each pixel: logits (N, C, H, W), targets int64 (N, H, W).
 
     Dice and IoU are those of all pixels of a client together, a mean over the classes that it has.
@@ -255,36 +288,16 @@ class Segmentation(_Classes):
     defaults = ("dice", "iou", "accuracy", "loss")
     targets = "a whole number for each pixel, (N, H, W)"
 
-    def __init__(
-        self,
-        loss: str | Loss | None = None,
-        class_weights: Sequence[float] | None = None,
-        ignored: int = -100,
-    ) -> None:
-        super().__init__(loss, class_weights)
-        self.ignored = ignored
+    dimensions = (3,)
 
     @property
     @override
     def metrics(self) -> Mapping[str, Named]:
-        sums = {name: metric for name, metric in super().metrics.items() if isinstance(metric, Mean)}
-        return {**sums, **MASKS}
+        return {**super().metrics, **MASKS}
 
     @override
     def flat(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        outputs, targets = outputs.movedim(1, -1).flatten(0, -2), targets.flatten()
-        counted = targets != self.ignored
-        return outputs[counted], targets[counted]
-
-    @override
-    def label_counts(self, targets: Tensor, num_classes: int) -> Tensor:
-        return super().label_counts(targets[targets != self.ignored], num_classes)
-
-    @override
-    def target_problem(self, targets: Tensor, num_classes: int) -> str:
-        if targets.is_floating_point() or targets.ndim != 3:
-            return described(targets)
-        return out_of_range(targets[targets != self.ignored], num_classes)
+        return super().flat(outputs.movedim(1, -1), targets)
 
     @override
     def output_shape(self, targets: Tensor, num_classes: int) -> list[tuple[int, ...]]:
@@ -302,7 +315,7 @@ def soft_dice(outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) ->
 Segmentation.losses = {**_Classes.losses, "dice": soft_dice}
 
 
-class Language(_Classes):
+class Language(_Places):
     """The next token: logits (N, T, V) for targets int64 (N, T), or (N, V) for (N,).
 
     Args:
@@ -315,31 +328,15 @@ class Language(_Classes):
     has_classes = False
     targets = "a token for each position, (N, T) or (N,)"
 
+    dimensions = (1, 2)
+
     def __init__(self, loss: str | Loss | None = None, ignored: int = -100) -> None:
-        super().__init__(loss)
-        self.ignored = ignored
+        super().__init__(loss, ignored=ignored)
 
     @property
     @override
     def metrics(self) -> Mapping[str, Named]:
-        sums = {name: metric for name, metric in super().metrics.items() if isinstance(metric, Mean)}
-        return {"perplexity": Mean(self.loss_sum, torch.exp, higher_is_better=False), **sums}
-
-    @override
-    def flat(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        outputs, targets = outputs.flatten(0, -2), targets.flatten()
-        counted = targets != self.ignored
-        return outputs[counted], targets[counted]
-
-    @override
-    def label_counts(self, targets: Tensor, num_classes: int) -> Tensor:
-        return super().label_counts(targets[targets != self.ignored], num_classes)
-
-    @override
-    def target_problem(self, targets: Tensor, num_classes: int) -> str:
-        if targets.is_floating_point() or targets.ndim not in (1, 2):
-            return described(targets)
-        return out_of_range(targets[targets != self.ignored], num_classes)
+        return {"perplexity": Mean(self.loss_sum, torch.exp, higher_is_better=False), **super().metrics}
 
     @override
     def check(self, outputs: Tensor, targets: Tensor, num_classes: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,7 +30,16 @@ class Pool:
         ValueError: If there is not one label per example.
     """
 
+    what: ClassVar[str] = "examples"
+    dtype: ClassVar[torch.dtype | None] = None
+    dimensions: ClassVar[str] = ""
+    """What examples are called; their dtype and dimensions, where they must be some, such as ``(N, F)``."""
+
     def __init__(self, examples: Tensor, labels: Tensor) -> None:
+        if self.dtype is not None and examples.dtype != self.dtype:
+            raise TypeError(f"{self.what} must be {str(self.dtype).removeprefix('torch.')}, got {examples.dtype}")
+        if self.dimensions and examples.ndim != self.dimensions.count(",") + 1:
+            raise ValueError(f"{self.what} must have the shape {self.dimensions}, got {tuple(examples.shape)}")
         if labels.dtype not in (torch.int64, torch.float32):
             raise TypeError(f"labels must be int64 or float32, got {labels.dtype}")
         if labels.shape[:1] != examples.shape[:1]:
@@ -98,14 +108,12 @@ class ImagePool(Pool):
         ValueError: If the shapes do not fit together.
     """
 
+    what, dtype, dimensions = "images", torch.uint8, "(N, C, H, W)"
+
     def __init__(self, images: Tensor, labels: Tensor) -> None:
-        if images.dtype != torch.uint8:
-            raise TypeError(f"images must be uint8 in [0, 255], got {images.dtype}; convert them first")
-        if images.ndim != 4:
-            raise ValueError(f"images must have the shape (N, C, H, W), got {tuple(images.shape)}")
+        super().__init__(images, labels)
         if images.shape[2] != images.shape[3]:
             raise ValueError(f"images must be square, got {images.shape[2]}x{images.shape[3]}; resize them first")
-        super().__init__(images, labels)
 
 
 class TablePool(Pool):
@@ -116,12 +124,7 @@ class TablePool(Pool):
         ValueError: If the shapes do not fit together.
     """
 
-    def __init__(self, rows: Tensor, labels: Tensor) -> None:
-        if rows.dtype != torch.float32:
-            raise TypeError(f"rows must be float32, got {rows.dtype}")
-        if rows.ndim != 2:
-            raise ValueError(f"rows must have the shape (N, F), got {tuple(rows.shape)}")
-        super().__init__(rows, labels)
+    what, dtype, dimensions = "rows", torch.float32, "(N, F)"
 
     @property
     @override
@@ -137,12 +140,7 @@ class TokenPool(Pool):
         ValueError: If the shapes do not fit together.
     """
 
-    def __init__(self, tokens: Tensor, labels: Tensor) -> None:
-        if tokens.dtype != torch.int32:
-            raise TypeError(f"tokens must be int32, got {tokens.dtype}")
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens must have the shape (N, T), got {tuple(tokens.shape)}")
-        super().__init__(tokens, labels)
+    what, dtype, dimensions = "tokens", torch.int32, "(N, T)"
 
 
 class SequencePool(TokenPool):

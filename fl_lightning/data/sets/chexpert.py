@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,8 +18,49 @@ from fl_lightning.seeding import derive_seed
 
 Unsure = Literal["drop", "negative", "positive"]
 
-_VALUES = {"1.0": 1, "1": 1, "0.0": 0, "0": 0, "": 0}
-_UNSURE = ("-1.0", "-1")
+VALUES = {"1.0": 1, "1": 1, "0.0": 0, "0": 0, "": 0}
+"""What a cell of a finding means; one that is not mentioned counts as absent."""
+UNSURE = ("-1.0", "-1")
+
+
+def read_rows(path: Path, findings: Sequence[str], others: Sequence[str]) -> list[dict[str, str]]:
+    """Read the published table.
+
+    Args:
+        path: ``train.csv``.
+        findings: Columns whose cells must be findings.
+        others: Further columns that must be there.
+
+    Raises:
+        FileNotFoundError: If the file is missing.
+        ValueError: If a column is missing, a line is truncated, or a cell is no finding, saying where.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no '{path}'; put the unpacked CheXpert folder there (docs/data.md says where to get it)."
+        )
+    with open(path, encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        columns = reader.fieldnames or []
+        for wanted in ("Path", "Frontal/Lateral", *findings, *others):
+            if wanted not in columns:
+                raise ValueError(f"'{path}' has no column '{wanted}'; it has {', '.join(columns) or 'none'}.")
+        rows = list(reader)
+    for number, row in enumerate(rows, 2):
+        wrong = next((name for name in findings if row[name] not in {*VALUES, *UNSURE}), None)
+        if None in row.values() or wrong is not None:
+            raise ValueError(f"Line {number} of '{path}' is truncated, or '{wrong or findings[0]}' is not a finding.")
+    return rows
+
+
+def patients_of(rows: Sequence[Mapping[str, str]], seed: int) -> tuple[NDArray[np.str_], NDArray[np.str_]]:
+    """Return the patient of each image, and all patients in a drawn order, by which they are divided.
+
+    A patient is ``patient00001`` of ``CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg``.
+    """
+    each = [next((part for part in row["Path"].split("/") if part.startswith("patient")), row["Path"]) for row in rows]
+    patients = np.array(each, dtype=np.str_)
+    return patients, np.random.default_rng(derive_seed(seed, "patients")).permutation(np.unique(patients))
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -69,25 +111,12 @@ class CheXpert(AgreementData):
             paths=[row["Path"].partition("/")[2] for row in rows],
             labels=np.array([self._label(row) for row in rows], dtype=np.int64),
             attributes=np.array([row[self.attribute] == self.attribute_value for row in rows], dtype=np.int64),
-            tested=self._are_tested(np.array([_patient(row["Path"]) for row in rows])),
+            tested=self._are_tested(rows),
             attribute_name=f"({self.attribute} is {self.attribute_value})",
         )
 
     def _rows(self, path: Path) -> list[dict[str, str]]:
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"There is no '{path}'; put the unpacked CheXpert folder there (docs/data.md says where to get it)."
-            )
-        with open(path, encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or []
-            for wanted in ("Path", "Frontal/Lateral", self.label, self.attribute):
-                if wanted not in columns:
-                    raise ValueError(f"'{path}' has no column '{wanted}'; it has {', '.join(columns) or 'none'}.")
-            rows = list(reader)
-        for number, row in enumerate(rows, 2):
-            if None in row.values() or row[self.label] not in {*_VALUES, *_UNSURE}:
-                raise ValueError(f"Line {number} of '{path}' is truncated, or '{self.label}' is not a finding.")
+        rows = read_rows(path, [self.label], [self.attribute])
         if self.attribute_value not in {row[self.attribute] for row in rows}:
             raise ValueError(
                 f"No image of '{path}' has {self.attribute} = '{self.attribute_value}'; there are "
@@ -96,19 +125,13 @@ class CheXpert(AgreementData):
         return rows
 
     def _is_wanted(self, row: dict[str, str]) -> bool:
-        unsure = row[self.label] in _UNSURE and self.unsure == "drop"
+        unsure = row[self.label] in UNSURE and self.unsure == "drop"
         return not unsure and (row["Frontal/Lateral"] == "Frontal" or not self.frontal_only)
 
     def _label(self, row: dict[str, str]) -> int:
-        return int(self.unsure == "positive") if row[self.label] in _UNSURE else _VALUES[row[self.label]]
+        return int(self.unsure == "positive") if row[self.label] in UNSURE else VALUES[row[self.label]]
 
-    def _are_tested(self, patients: NDArray[np.str_]) -> NDArray[np.bool_]:
+    def _are_tested(self, rows: Sequence[Mapping[str, str]]) -> NDArray[np.bool_]:
         """For each image, whether its patient is tested on."""
-        everyone = np.unique(patients)
-        rng = np.random.default_rng(derive_seed(self.seed, "patients"))
-        return np.isin(patients, rng.permutation(everyone)[: round(self.test_fraction * len(everyone))])
-
-
-def _patient(path: str) -> str:
-    """``patient00001`` of ``CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg``."""
-    return next((part for part in path.split("/") if part.startswith("patient")), path)
+        patients, order = patients_of(rows, self.seed)
+        return np.isin(patients, order[: round(self.test_fraction * len(order))])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,16 +14,13 @@ from typing_extensions import override
 
 from fl_lightning.checks import one_of, within
 from fl_lightning.data.federated_data import Examples, ImageFileData
+from fl_lightning.data.sets.chexpert import UNSURE, VALUES, patients_of, read_rows
 from fl_lightning.data.splits import ClientIndices, hold_out
-from fl_lightning.seeding import derive_seed
 
 #: The five findings of the paper's evaluation.
 FINDINGS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
 
 Unsure = Literal["unknown", "negative", "positive"]
-
-_VALUES = {"1.0": 1.0, "1": 1.0, "0.0": 0.0, "0": 0.0, "": 0.0}
-_UNSURE = ("-1.0", "-1")
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -68,11 +64,10 @@ class CheXpertFindings(ImageFileData):
         root = Path(self.root)
         rows = [
             row
-            for row in self._rows(root / "train.csv")
+            for row in read_rows(root / "train.csv", self.findings, [self.client_by])
             if row["Frontal/Lateral"] == "Frontal" or not self.frontal_only
         ]
-        patients = np.array([_patient(row["Path"]) for row in rows])
-        tested, validated = self._drawn(patients)
+        tested, validated = self._drawn(rows)
         whose = np.array([self._client(row) for row in rows])
         targets = torch.tensor([[self._value(row[name]) for name in self.findings] for row in rows])
         clients = []
@@ -91,28 +86,10 @@ class CheXpertFindings(ImageFileData):
             description={"clients": f"by {self.client_by}"},
         )
 
-    def _rows(self, path: Path) -> list[dict[str, str]]:
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"There is no '{path}'; put the unpacked CheXpert folder there (docs/data.md says where to get it)."
-            )
-        with open(path, encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or []
-            for wanted in ("Path", "Frontal/Lateral", self.client_by, *self.findings):
-                if wanted not in columns:
-                    raise ValueError(f"'{path}' has no column '{wanted}'; it has {', '.join(columns) or 'none'}.")
-            rows = list(reader)
-        for number, row in enumerate(rows, 2):
-            wrong = [name for name in self.findings if row[name] not in {*_VALUES, *_UNSURE}] or ["?"]
-            if None in row.values() or wrong != ["?"]:
-                raise ValueError(f"Line {number} of '{path}' is truncated, or '{wrong[0]}' is not a finding.")
-        return rows
-
     def _value(self, cell: str) -> float:
-        if cell in _UNSURE:
+        if cell in UNSURE:
             return {"unknown": float("nan"), "negative": 0.0, "positive": 1.0}[self.unsure]
-        return _VALUES[cell]
+        return float(VALUES[cell])
 
     def _client(self, row: dict[str, str]) -> str:
         value = row[self.client_by]
@@ -120,15 +97,9 @@ class CheXpertFindings(ImageFileData):
             value = f"{int(float(value or 0)) // 10 * 10}s"
         return f"{self.client_by} {value or 'not given'}"
 
-    def _drawn(self, patients: NDArray[np.str_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    def _drawn(self, rows: Sequence[Mapping[str, str]]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """For each image, whether its patient is tested on, and whether it is one for validation."""
-        everyone = np.unique(patients)
-        order = np.random.default_rng(derive_seed(self.seed, "patients")).permutation(everyone)
-        first = round(self.test_fraction * len(everyone))
-        last = first + round(self.val_fraction * (len(everyone) - first))
+        patients, order = patients_of(rows, self.seed)
+        first = round(self.test_fraction * len(order))
+        last = first + round(self.val_fraction * (len(order) - first))
         return np.isin(patients, order[:first]), np.isin(patients, order[first:last])
-
-
-def _patient(path: str) -> str:
-    """``patient00001`` of ``CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg``."""
-    return next((part for part in path.split("/") if part.startswith("patient")), path)
