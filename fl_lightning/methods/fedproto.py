@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,16 @@ from torch.nn import functional
 from typing_extensions import override
 
 from fl_lightning.aggregators import Aggregator
-from fl_lightning.checks import at_least, one_of
+from fl_lightning.checks import ArgumentError, at_least, one_of
 from fl_lightning.client import Update
 from fl_lightning.evaluation.predict import predict
+from fl_lightning.methods.own_architecture import FIRST, Choice, whole
 from fl_lightning.models.model import Model
 from fl_lightning.module import Batch, FederatedModule, with_value_of
 from fl_lightning.state import State
+
+if TYPE_CHECKING:
+    from fl_lightning.client import Client
 
 Predict = Literal["prototypes", "head"]
 MEAN, COUNT = "prototypes.mean", "prototypes.count"
@@ -33,6 +37,8 @@ class PrototypeLearning(FederatedModule):
 
     Args:
         model: As in :class:`FederatedModule`; its head must have a weight ``(C, D, ...)``.
+        others: Other architectures by name, with features of the same number D: nothing but these meets.
+        clients: Whose is which, by the clients' names, ``model`` for the first; None: in turn, beginning with it.
         lam: :math:`\lambda`, at least 0. At 0 with ``predict=head`` this is local training, to the bit.
         predict: What the personal model answers by: ``prototypes``, the negative squared distances to them, or
             ``head``. Before there are any prototypes it is the head.
@@ -45,19 +51,52 @@ class PrototypeLearning(FederatedModule):
     needs_classes = True
 
     def __init__(
-        self, model: Model, lam: float = 1.0, predict: Predict = "prototypes", label_smoothing: float = 0.0
+        self,
+        model: Model,
+        others: Mapping[str, Model] | None = None,
+        clients: Mapping[str, str] | None = None,
+        lam: float = 1.0,
+        predict: Predict = "prototypes",
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(model, label_smoothing)
         at_least("lam", lam, 0)
         one_of("predict", predict, Predict)
-        weight = getattr(model.head, "weight", None)
-        if not isinstance(weight, Tensor) or weight.dim() < 2:
-            raise ValueError(f"method=fedproto needs a head with a weight (classes, features), got {model.head}")
+        shape = _class_features(model)
+        for name, other in (others or {}).items():
+            if (found := _class_features(other)) != shape:
+                raise ArgumentError(f"others.{name} must have {shape[1]} features, as model has, got {found[1]}")
+        self.others = nn.ModuleDict({name: whole(other) for name, other in (others or {}).items()})
+        self.choice = Choice([FIRST, *self.others], clients, "others and model")
+        self._chosen = FIRST
         self.lam = lam
         self.predict = predict
         self.prototypes = nn.Module()
-        self.prototypes.register_buffer("mean", torch.zeros(weight.shape[:2]))
-        self.prototypes.register_buffer("count", torch.zeros(weight.shape[0]))
+        self.prototypes.register_buffer("mean", torch.zeros(shape))
+        self.prototypes.register_buffer("count", torch.zeros(shape[0]))
+
+    @override
+    def for_client(self, client: Client) -> None:
+        self._chosen = self.choice.of(client)
+        prefixes = {FIRST: ("backbone.", "head."), **{name: (f"others.{name}.",) for name in self.others}}
+        unused = tuple(prefix for name, found in prefixes.items() if name != self._chosen for prefix in found)
+        self.idle = frozenset(name for name in self.state_dict() if unused and name.startswith(unused))
+
+    def _parts(self) -> tuple[nn.Module, nn.Module]:
+        if self._chosen == FIRST:
+            return self.backbone, self.head
+        other = self.others[self._chosen]
+        return other.get_submodule("backbone"), other.get_submodule("head")
+
+    @override
+    def features(self, x: Tensor) -> Tensor:
+        features: Tensor = self._parts()[0](x)
+        return features
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self._parts()[1](self.features(x))
+        return logits
 
     @override
     def personal_forward(self, x: Tensor) -> Tensor:
@@ -73,7 +112,7 @@ class PrototypeLearning(FederatedModule):
     def loss(self, batch: Batch) -> Tensor:
         x, y = batch
         z = self.features(x)
-        loss = self.criterion(self.head(z), y)
+        loss = self.criterion(self._parts()[1](z), y)
         if not self.lam:
             return loss
         known = self.prototypes.get_buffer("count")[y] > 0
@@ -88,6 +127,14 @@ class PrototypeLearning(FederatedModule):
         count = held.sum(0)
         self.prototypes.get_buffer("mean").copy_((held.T @ z.double()) / count.clamp(min=1)[:, None])
         self.prototypes.get_buffer("count").copy_(count)
+
+
+def _class_features(model: Model) -> tuple[int, int]:
+    """Return the numbers of classes and of features, as a head's weight says them."""
+    weight = getattr(model.head, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() < 2:
+        raise ValueError(f"method=fedproto needs a head with a weight (classes, features), got {model.head}")
+    return weight.shape[0], weight.shape[1]
 
 
 class PrototypeMean(Aggregator):

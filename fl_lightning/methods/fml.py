@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
-from fl_lightning.checks import ArgumentError, within
+from fl_lightning.checks import within
+from fl_lightning.methods.own_architecture import Choice, whole
 from fl_lightning.methods.two_models import TwoModels
 from fl_lightning.models.model import Model
 from fl_lightning.module import Batch, with_value_of
@@ -50,33 +50,23 @@ class MutualLearning(TwoModels):
         label_smoothing: float = 0.0,
     ) -> None:
         several = private if isinstance(private, Mapping) else {}
-        other: nn.Module | None = nn.ModuleDict({name: _whole(one) for name, one in several.items()})
+        other: nn.Module | None = nn.ModuleDict({name: whole(one) for name, one in several.items()})
         if not isinstance(private, Mapping):
-            other = None if private is None else _whole(private)
+            other = None if private is None else whole(private)
         super().__init__(model, label_smoothing, other)
         within("alpha", alpha, "[0, 1]")
         within("beta", beta, "[0, 1]")
-        self.several = tuple(several)
-        self.clients = clients
-        self._chosen = self.several[0] if self.several else ""
-        for client, name in (clients or {}).items():
-            if name not in self.several:
-                raise ArgumentError(f"clients.{client} must be one of private's names, got {name!r}")
+        self.choice = Choice(list(several), clients, "private")
+        self._chosen = next(iter(several), "")
         self.alpha = alpha
         self.beta = beta
 
     @override
     def for_client(self, client: Client) -> None:
-        if not self.several:
+        if not self.choice.names:
             return
-        names = self.several
-        if self.clients is None:
-            self._chosen = names[client.id % len(names)]
-        elif client.name in self.clients:
-            self._chosen = self.clients[client.name]
-        else:
-            raise ValueError(f"module.clients must name a private model for every client, got none for {client.name}")
-        unused = tuple(f"personal.{name}." for name in names if name != self._chosen)
+        self._chosen = self.choice.of(client)
+        unused = tuple(f"personal.{name}." for name in self.choice.names if name != self._chosen)
         self.idle = frozenset(name for name in self.state_dict() if name.startswith(unused))
 
     @override
@@ -102,7 +92,3 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """Return how far a student's predictions are from a teacher's: a mean over examples, of logits ``(N, C)``."""
     target = functional.softmax(teacher.detach(), dim=1)
     return functional.kl_div(functional.log_softmax(student, dim=1), target, reduction="batchmean")
-
-
-def _whole(model: Model) -> nn.Module:
-    return nn.Sequential(OrderedDict(backbone=model.backbone, head=model.head))

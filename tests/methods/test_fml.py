@@ -58,7 +58,7 @@ def test_clients_without_an_architecture_are_refused(tiny_root: Path, tmp_path: 
         MutualLearning(tiny_model(3), models, {"ann": "c"})
     many = "module.private={a: {_target_: tests.federations.tiny_model}}"
     run = federation(tiny_root, tmp_path, "method=fml", many, "module.clients={ann: a}")
-    with pytest.raises(RuntimeError, match=r"module.clients must name a private model .* none for bob"):
+    with pytest.raises(RuntimeError, match=r"module.clients must name one of private .* none for bob"):
         run.fit()
 
 
