@@ -14,14 +14,15 @@ from fl_lightning.state import State
 
 
 class BlackBox(FederatedModule):
-    r"""Changes the inputs of a frozen model by an auto-encoder, and its outputs by a linear layer.
+    r"""Changes the inputs of a frozen model by an auto-encoder, and its standardised outputs by a linear layer.
 
     Lu et al., ZooPFL: Exploring Black-box Foundation Models for Personalized Federated Learning, FL 2024 workshops,
     https://arxiv.org/abs/2310.05143. The model is only asked, never differentiated: the gradient of an example's loss
     by what the auto-encoder makes of it, :math:`\hat x`, is estimated as the mean over q Gaussian directions u of
     :math:`\frac{L(\hat x + \mu u) - L(\hat x - \mu u)}{2 \mu} u`, and goes on through the auto-encoder as usual. The
-    auto-encoder is shared; an embedding, which is added to its code, and the linear layer are a client's own. First the
-    auto-encoder learns to give back its inputs. The paper's equations could not be read: these are our reading of it.
+    auto-encoder is shared; an embedding, which is added to its code, the means and deviations by which outputs are
+    standardised, and the linear layer are a client's own. First the auto-encoder learns to give back its inputs. The
+    paper's equations could not be read: these are our reading of it.
 
     Args:
         model: The black box, as in :class:`FederatedModule`.
@@ -63,6 +64,7 @@ class BlackBox(FederatedModule):
         self.decoder = nn.Sequential(
             nn.ConvTranspose2d(code, width, 4, 2, 1), nn.ReLU(), nn.Conv2d(width, in_channels, 1)
         )
+        self.scale = nn.BatchNorm1d(num_classes, affine=False)
         self.remapping = nn.Linear(num_classes, num_classes)
         nn.init.eye_(self.remapping.weight)
         nn.init.zeros_(self.remapping.bias)
@@ -95,7 +97,12 @@ class BlackBox(FederatedModule):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.remapping(self.ask(self.changed(x)))
+        return self.remapped(self.ask(self.changed(x)), self.training)
+
+    def remapped(self, answers: Tensor, learns: bool) -> Tensor:
+        """Return logits (N, C) of answers; those of a batch, where it ``learns``, move the means and deviations."""
+        self.scale.train(learns and len(answers) > 1)
+        logits: Tensor = self.remapping(self.scale(answers))
         return logits
 
     @torch.no_grad()
@@ -110,14 +117,14 @@ class BlackBox(FederatedModule):
         return found
 
     def _losses(self, x: Tensor, y: Tensor) -> Tensor:
-        answers = self.remapping(self.ask(x))
-        return functional.cross_entropy(answers, y, reduction="none", label_smoothing=self.label_smoothing)
+        logits = self.remapped(self.ask(x), learns=False)
+        return functional.cross_entropy(logits, y, reduction="none", label_smoothing=self.label_smoothing)
 
     @override
     def loss(self, batch: Batch) -> Tensor:
         x, y = batch
         changed = self.changed(x)
-        of_task = self.criterion(self.remapping(self.ask(changed)), y)
+        of_task = self.criterion(self.remapped(self.ask(changed), learns=True), y)
         if self.fits < self.pretraining:
             return with_value_of(of_task, (changed - x).square().mean())
         return with_value_of(of_task, (changed * self.estimate(changed.detach(), y)).sum() / len(y))
