@@ -40,6 +40,10 @@ class TwoModels(FederatedModule):
         logits: Tensor = self.personal(x)
         return logits
 
+    def second_parts(self) -> list[nn.Module]:
+        """Return the modules that hold the second model's parameters."""
+        return [self.personal]
+
     @override
     def start_from(self, state: State) -> None:
         super().start_from(state)
@@ -56,5 +60,5 @@ class TwoModels(FederatedModule):
         if not gradient_clip_val:
             return
         clip = clip_grad_value_ if gradient_clip_algorithm == "value" else clip_grad_norm_
-        for parts in ([self.backbone, self.head], [self.personal]):
+        for parts in ([self.backbone, self.head], self.second_parts()):
             clip([p for part in parts for p in part.parameters()], gradient_clip_val)
