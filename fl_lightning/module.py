@@ -86,6 +86,9 @@ class FederatedModule(LightningModule):
     needs_classes: ClassVar[bool] = False
     """Whether its loss is one of classes alone, so that ``task`` must be ``classification``."""
 
+    uses_all: ClassVar[bool] = False
+    """Whether :meth:`forward` uses all tensors, and not backbone and head alone."""
+
     def __init__(self, model: Model, label_smoothing: float = 0.0, task: Task | None = None) -> None:
         super().__init__()
         within("label_smoothing", label_smoothing, "[0, 1)")
@@ -151,21 +154,24 @@ class FederatedModule(LightningModule):
     @property
     def global_names(self) -> list[str]:
         """Names of the tensors that :meth:`forward` uses: a second model is no part of the global one."""
-        return [name for name in self.state_dict() if name.startswith(("backbone.", "head."))]
+        return [name for name in self.state_dict() if self.uses_all or name.startswith(("backbone.", "head."))]
 
     def start_from(self, state: State) -> None:
         """Take the tensors of a global model as initial values.
 
         Args:
-            state: All tensors named by :attr:`global_names`.
+            state: All tensors named by :attr:`global_names`, or those of backbone and head.
 
         Raises:
             ValueError: If names or shapes differ.
         """
-        own = {name: self.state_dict()[name] for name in self.global_names}
+        tensors = self.state_dict()
+        own = {name: tensors[name] for name in self.global_names}
+        if state.keys() != own.keys():
+            own = {name: tensor for name, tensor in own.items() if name.startswith(("backbone.", "head."))}
         if words := difference(state, own):
             raise ValueError(f"the weights to start from are another model's: {words}")
-        load(self, {**self.state_dict(), **state})
+        load(self, {**tensors, **state})
 
     @property
     def has_personal_model(self) -> bool:

@@ -48,6 +48,8 @@ class ExpertMixture(FederatedModule):
         label_smoothing: As there.
     """
 
+    uses_all = True
+
     def __init__(
         self,
         model: Model,
@@ -76,17 +78,12 @@ class ExpertMixture(FederatedModule):
         self.anchor: int | None = None
         self.scores = torch.zeros(experts)
 
-    @property
-    def global_names(self) -> list[str]:
-        """Names of all tensors: the mixture is the global model."""
-        return list(self.state_dict())
-
     @override
     def start_from(self, state: State) -> None:
-        self.backbone.load_state_dict({n.removeprefix("backbone."): x for n, x in state.items() if n[0] == "b"})
-        self.head.load_state_dict({n.removeprefix("head."): x for n, x in state.items() if n[0] == "h"})
-        for expert in self.experts:
-            expert.load_state_dict(state)
+        super().start_from(state)
+        if not any(name.startswith("experts.") for name in state):  # a plain model is the common expert
+            for expert in self.experts:
+                expert.load_state_dict(state)
 
     def names_of(self, experts: Iterable[int]) -> set[str]:
         """Return the names of the tensors of some experts."""

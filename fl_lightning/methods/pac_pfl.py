@@ -45,6 +45,8 @@ class PriorParticles(FederatedModule):
         label_smoothing: As there.
     """
 
+    uses_all = True
+
     def __init__(self, model: Model, particles: int = 4, label_smoothing: float = 0.0) -> None:
         super().__init__(model, label_smoothing)
         whole("particles", particles, 1)
@@ -56,16 +58,6 @@ class PriorParticles(FederatedModule):
                 reset()
         self._data: Any = None
         self._weights: Tensor | None = None
-
-    @property
-    def global_names(self) -> list[str]:
-        """Names of all tensors: the mixture is the global model."""
-        return list(self.state_dict())
-
-    @override
-    def start_from(self, state: State) -> None:
-        """Take the tensors of a model for the first particle."""
-        self.load_state_dict({**self.state_dict(), **state})
 
     @override
     def for_client(self, client: Client) -> None:

@@ -10,7 +10,6 @@ from typing_extensions import override
 from fl_lightning.checks import above, whole
 from fl_lightning.models.model import Model
 from fl_lightning.module import Batch, FederatedModule, with_value_of
-from fl_lightning.state import State
 
 
 class BlackBox(FederatedModule):
@@ -36,6 +35,7 @@ class BlackBox(FederatedModule):
         label_smoothing: As there.
     """
 
+    uses_all = True
     fits: Tensor
 
     def __init__(
@@ -72,16 +72,6 @@ class BlackBox(FederatedModule):
         self.directions = directions
         self.mu = mu
         self.pretraining = pretraining
-
-    @property
-    def global_names(self) -> list[str]:
-        """Names of all tensors, of which some are the clients' own: there is no global model."""
-        return list(self.state_dict())
-
-    @override
-    def start_from(self, state: State) -> None:
-        """Take the tensors of the black box."""
-        self.load_state_dict({**self.state_dict(), **state})
 
     def changed(self, x: Tensor) -> Tensor:
         """Return what the auto-encoder makes of inputs (N, C, H, W), in their shape."""

@@ -136,7 +136,5 @@ def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="hypernetwork must be a whole number of at least 1"):
         RobustDecoupling(tiny_model(3), hypernetwork=0)
     model = tiny_model(3)._replace(head=nn.Sequential(nn.Linear(16, 3)))
-    with pytest.raises(
-        ValueError, match="hypernetwork must be null unless the model's head is"
-    ):
+    with pytest.raises(ValueError, match="hypernetwork must be null unless the model's head is"):
         RobustDecoupling(model, hypernetwork=4)

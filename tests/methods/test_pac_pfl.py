@@ -121,7 +121,10 @@ def test_wrong_arguments_are_refused_and_one_particle_takes_given_weights() -> N
             SteinDescent(**{key: 0.0})  # type: ignore[arg-type]
     module = PriorParticles(tiny_model(3))
     before = module.state_dict()["others.0.head.bias"].clone()
-    module.start_from({"head.bias": torch.ones(3)})
-    assert torch.equal(module.head.bias, torch.ones(3))
+    given = {name: x + 1 for name, x in module.state_dict().items() if name.startswith(("backbone.", "head."))}
+    module.start_from(given)
+    with pytest.raises(ValueError, match="another model's"):
+        module.start_from({"head.bias": torch.ones(3)})
+    assert torch.equal(module.head.bias, given["head.bias"])
     assert torch.equal(module.state_dict()["others.0.head.bias"], before)
     assert len({float(one[0, 0]) for one in module.outputs(torch.ones(2, 3, 8, 8)).detach()}) == 4

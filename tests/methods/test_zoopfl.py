@@ -128,7 +128,10 @@ def test_at_first_a_clients_answers_are_the_black_boxs() -> None:
     assert module.changed(x).shape == x.shape
     module.eval()
     torch.testing.assert_close(module(x), module.head(module.backbone(module.changed(x))))
-    module.start_from({"head.bias": torch.ones(3)})
-    assert torch.equal(module.head.bias, torch.ones(3))
+    given = {name: x + 1 for name, x in module.state_dict().items() if name.startswith(("backbone.", "head."))}
+    module.start_from(given)
+    with pytest.raises(ValueError, match="another model's"):
+        module.start_from({"head.bias": torch.ones(3)})
+    assert torch.equal(module.head.bias, given["head.bias"])
     with pytest.raises(ValueError, match="mu"):
         BlackBox(tiny_model(3), 3, mu=0)
