@@ -270,10 +270,10 @@ def draw_drop_against_distortion(
     In the manner of Figure 3a of Chen et al., https://arxiv.org/abs/2511.12695.
 
     Args:
-        points: By strategy: feature distortions, and drops of global accuracy below the un-tuned model's (in
-            percentage points, positive is worse), epoch after epoch.
+        points: By strategy: feature distortions, and by how much the models are worse than the un-tuned one elsewhere
+            (positive is worse), epoch after epoch.
         title: What the points are.
-        label: Of what the drop is.
+        label: What is lost, and in which unit.
     """
     figure, axes = _figure(6, 4.4)
     for index, (name, (distortions, drops)) in enumerate(points.items()):
@@ -282,7 +282,7 @@ def draw_drop_against_distortion(
     axes.axhline(0, color="black", linewidth=0.8)
     axes.legend(fontsize=9)
     axes.set_xlabel("feature distortion (mean $\\ell_2$ distance)")
-    axes.set_ylabel(f"drop of {_plain(label)} (points)")
+    axes.set_ylabel(f"loss of {_plain(label)}")
     axes.set_title(_plain(title), fontsize=10)
     axes.grid(alpha=0.3)
     return figure

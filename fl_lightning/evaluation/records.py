@@ -132,7 +132,9 @@ def levels_of(records: Iterable[Record], measure: str = "global_others") -> dict
     }
 
 
-def figures_of(records: Sequence[Record], place: str, metric: str = "accuracy", scale: float = 1) -> dict[str, Figure]:
+def figures_of(
+    records: Sequence[Record], place: str, metric: str = "accuracy", scale: float = 1, higher_is_better: bool = True
+) -> dict[str, Figure]:
     """Draw curves over epochs, the drop against the distortion, and strategies at equal training loss, by name.
 
     Args:
@@ -140,11 +142,13 @@ def figures_of(records: Sequence[Record], place: str, metric: str = "accuracy", 
         place: Where they were made, for titles: data, model, seeds.
         metric: What the scores are.
         scale: What the scores are multiplied by, such as 100 for percent.
+        higher_is_better: Whether more of the metric is better; a drop is what is lost either way.
     """
     from fl_lightning.evaluation import figures as draw  # matplotlib takes half a second to import
 
     curves = curves_of(records)
     unit = f"{metric} (%)" if scale == 100 else metric
+    sign = scale if higher_is_better else -scale
     drawn: dict[str, Figure] = {}
     for title, members in panels_of(curves).items():
         lines = {
@@ -159,14 +163,14 @@ def figures_of(records: Sequence[Record], place: str, metric: str = "accuracy", 
     drops = {
         name: (
             [point["feature_distortion"] for point in points.values()],
-            [100 * (points[0]["global_others"] - point["global_others"]) for point in points.values()],
+            [sign * (points[0]["global_others"] - point["global_others"]) for point in points.values()],
         )
         for name, points in curves.items()
         if 0 in points
     }
     if drops:
         title = f"from epoch to epoch: {place}"
-        drawn["drop_against_distortion"] = draw.draw_drop_against_distortion(drops, title, f"global {metric}")
+        drawn["drop_against_distortion"] = draw.draw_drop_against_distortion(drops, title, f"global {unit}")
     if levels := levels_of(records):
         shown = sorted(set.intersection(*(set(found) for found in levels.values())))
         drawn["equal_loss"] = draw.draw_equal_loss(

@@ -208,8 +208,14 @@ class LocalTraining:
         """Return what a client answers to a message: a fit, or the scores of an exam."""
         return self.score(client, message) if isinstance(message, Exam) else self.fit(client, message)
 
-    def score(self, client: Client, exam: Exam) -> Scores:
-        """Score a model on a client's data; see :class:`~fl_lightning.client.Exam`."""
+    def score(self, client: Client, exam: Exam, owner: Client | None = None) -> Scores:
+        """Score a model on a client's data; see :class:`~fl_lightning.client.Exam`.
+
+        Args:
+            client: Whose data.
+            exam: The model and the split.
+            owner: Whose personal model it is, where that is not this client; its data may weigh parts of the model.
+        """
         own: State = {}
         if exam.personal:
             own = client.models[exam.stage] if exam.stage else client.personal
@@ -219,7 +225,7 @@ class LocalTraining:
         if own or known is not exam.state or versions != [tensor._version for tensor in tensors.values()]:
             self._load({**self.initial, **own, **exam.state})
         self._scored = None if own else (exam.state, [tensor._version for tensor in tensors.values()])
-        self.module.for_client(client)
+        self.module.for_client(owner or client)
         self.module.to(self.device)
         forward = self.module.personal_forward if exam.personal else self.module
         values, totals, confusion = self.metrics.score(forward, client.data, exam.split, exam.metrics, exam.confusion)

@@ -77,7 +77,7 @@ def decide(
 
     Args:
         groups: Outcomes by strategy, seed and client.
-        shown: The rows of the table, of which the trained ones are candidates.
+        shown: The rows of the table, of which those with a model for each client are candidates.
         choices: What was chosen from grids.
         selection: What decides on validation data.
         evidence: Intervals over test examples.
@@ -86,7 +86,7 @@ def decide(
     Returns:
         In the order of the clients.
     """
-    candidates = [name for name in shown if name != BEST_OF and groups[name][0][0].strategy.train]
+    candidates = [name for name in shown if name != BEST_OF and groups[name][0][0].strategy.personal]
     taken: list[str | None] = []
     for index in range(len(evidence.clients)):
         values = {name: mean([selection.value(run[index]) for run in groups[name]]) for name in candidates}

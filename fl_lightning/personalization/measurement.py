@@ -6,24 +6,25 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
+from fl_lightning.adapted import AdaptedModule
 from fl_lightning.client import ClientInfo, Exam, Scores, Split
 from fl_lightning.evaluation.calibration import CalibrationError
 from fl_lightning.evaluation.distortion import mean_distance, weight_norm
 from fl_lightning.evaluation.predict import Forward, HasExamples, Metrics, batches_of, evaluating, predict
 from fl_lightning.evaluation.summary import mean
-from fl_lightning.executors.executor import Executor
+from fl_lightning.executors.executor import Outcome
 from fl_lightning.models.export import HEAD
 from fl_lightning.module import FederatedModule
 from fl_lightning.personalization.predictions import Examples, examples_of
 from fl_lightning.seeding import derive_seed
-from fl_lightning.state import State, all_finite, load, snapshot
+from fl_lightning.state import State, all_finite, difference, load, snapshot
 from fl_lightning.task import Classification, Task
 
 ACCURACY, LOSS = "accuracy", "loss"
@@ -38,10 +39,12 @@ class Measures:
     Attributes:
         values: By metric, its value on each client's test set: a row of the matrix, (C,). NaN where the model was not
             tried, or the metric has no value.
-        feature_distortion: Mean l2 distance of its features from the global model's, on the client's own data.
+        feature_distortion: Mean l2 distance of its features from the global model's, on the client's own data; NaN of a
+            model that is more than a backbone and a head.
         feature_distortion_all: The same over all data on which the model was tried.
         ece: Expected calibration error on the client's own data, in [0, 1]; NaN where examples have no classes.
-        head_norm: Frobenius norm of the head's weights; 0 where the model has no head of its own.
+        head_norm: Frobenius norm of the head's weights; 0 where the model has no head of its own, or is more than a
+            backbone and a head.
         train_loss: Loss on the client's own training data, not augmented; of classes the cross-entropy in nats.
         one_class: 1 if it predicts one class for all of the client's own data, which has several; else 0.
         val_metric: The metric of the run on the client's own validation data; NaN where there are none, and of models
@@ -112,22 +115,30 @@ class ModelMetrics(Metrics):
         names: Iterable[str] | None = None,
         confusion: bool = False,
     ) -> tuple[dict[str, float], dict[str, State], Tensor | None]:
-        assert isinstance(forward, FederatedModule)
         if split == "train":
             return {"train_loss": Metrics({LOSS: None}, self.task).score(forward, data, "train")[0][LOSS]}, {}, None
         chosen = self.names if names is None else tuple(names)
+        if not chosen:
+            return {}, {}, None
         if not list(batches_of(data, split))[:1]:
             return dict.fromkeys(chosen, math.nan), {}, None
-        features, targets = (tensor.cpu() for tensor in predict(forward.features, batches_of(data, split)))
-        with evaluating(forward.head), torch.inference_mode():
-            logits = forward.head(features.to(forward.device)).float().cpu()
+        module = _in_two_parts(forward)
+        if module is None:
+            features = None
+            logits, targets = (tensor.cpu() for tensor in predict(forward, batches_of(data, split)))
+        else:
+            features, targets = (tensor.cpu() for tensor in predict(module.features, batches_of(data, split)))
+            with evaluating(module.head), torch.inference_mode():
+                logits = module.head(features.to(module.device)).float().cpu()
         values = self.of_outputs(logits, targets, [name for name in chosen if name in self.names], data.num_classes)
         totals = {}
         outputs, truths = self.task.flat(logits, targets)
         if LOSS in chosen and LOSS not in values:
             values[LOSS] = float(self.task.mean_loss(outputs, truths))
         if "feature_distortion" in chosen:
-            values["feature_distortion"] = mean_distance(self._global_features(forward, data, split), features)
+            known = None if module is None else self._global_features(module, data, split)
+            moved = math.nan if known is None or features is None else mean_distance(known, features)
+            values["feature_distortion"] = moved
         of_one_class = isinstance(self.task, Classification)
         if EXAMPLES in chosen and of_one_class:
             totals[EXAMPLES] = examples_of(logits, targets, data.num_classes)
@@ -143,14 +154,33 @@ class ModelMetrics(Metrics):
                 values["one_class"] = float(len(self.task.predicted(outputs).unique()) == 1 < len(truths.unique()))
         return values, totals, None
 
-    def _global_features(self, module: FederatedModule, data: HasExamples, split: Split) -> Tensor:
-        """Return the global model's features of a client's data, which are found once."""
+    def _global_features(self, module: FederatedModule, data: HasExamples, split: Split) -> Tensor | None:
+        """Return the global model's features of a client's data, which are found once; None of another backbone."""
         if (id(data), split) not in self._known:
             own = snapshot(module.backbone.state_dict())
+            if difference(own, self._backbone):
+                return None
             load(module.backbone, self._backbone)
             self._known[id(data), split] = predict(module.features, batches_of(data, split))[0].cpu()
             load(module.backbone, own)
         return self._known[id(data), split]
+
+
+def _in_two_parts(forward: Forward) -> FederatedModule | None:
+    """Return the module behind a function whose outputs are those of its head on the features of its backbone."""
+    module = forward if isinstance(forward, FederatedModule) else getattr(forward, "__self__", None)
+    assert isinstance(module, FederatedModule)
+    if not isinstance(forward, FederatedModule) and module.has_personal_model:
+        return None
+    plain = type(module).forward is FederatedModule.forward or isinstance(module, AdaptedModule)
+    return module if plain else None
+
+
+class Examiner(Protocol):
+    """What answers exams: an executor, or the models of a run."""
+
+    def run(self, tasks: Iterable[tuple[ClientInfo, Exam]]) -> Iterator[Outcome]:
+        """Yield what came of each exam, in their order."""
 
 
 class Measurement:
@@ -185,17 +215,20 @@ class Measurement:
         """The number of other clients' test sets that a model is tried on, at most."""
         return min(len(self._sample), len(self.clients) - 1)
 
-    def measure(self, executor: Executor, models: Sequence[tuple[int, State, bool]]) -> list[Measures]:
+    def measure(
+        self, executor: Examiner, models: Sequence[tuple[int, State, bool]], personal: bool = False
+    ) -> list[Measures]:
         """Measure models, each the one of a client, given by its position among the clients.
 
         Args:
             executor: Reaches the clients; its trainings have :class:`ModelMetrics`.
             models: Owners, each with all tensors of the model, and whether it is one that came out: it is scored on
                 validation data too, and its predictions come back.
+            personal: Whether they are personal models of their module, by its ``personal_forward``.
         """
         found, tasks = [], []
         for owner, state, ended in models:
-            exams = list(self._exams(owner, state, ended)) if all_finite(state) else []
+            exams = list(self._exams(owner, state, ended, personal)) if all_finite(state) else []
             tasks += exams
             found.append([(self._position[client.id], exam.split) for client, exam in exams])
         answers = iter(self._ask(executor, tasks))
@@ -204,7 +237,7 @@ class Measurement:
             for (owner, state, _), places in zip(models, found, strict=True)
         ]
 
-    def measure_all(self, executor: Executor, state: State) -> list[Measures]:
+    def measure_all(self, executor: Examiner, state: State) -> list[Measures]:
         """Measure one model as every client's own, at its end: each client is asked once."""
         names = (*self.names, "feature_distortion", *AT_HOME, EXAMPLES)
         exams = [
@@ -227,7 +260,7 @@ class Measurement:
             for owner in range(len(self.clients))
         ]
 
-    def _ask(self, executor: Executor, tasks: Iterable[tuple[ClientInfo, Exam]]) -> list[Scores]:
+    def _ask(self, executor: Examiner, tasks: Iterable[tuple[ClientInfo, Exam]]) -> list[Scores]:
         answers = []
         for ended in executor.run(tasks):
             if ended.scores is None:
@@ -242,17 +275,17 @@ class Measurement:
     def _tried(self, owner: int) -> list[int]:
         return sorted({*self._sample, owner})
 
-    def _exams(self, owner: int, state: State, ended: bool) -> Iterator[tuple[ClientInfo, Exam]]:
+    def _exams(self, owner: int, state: State, ended: bool, personal: bool) -> Iterator[tuple[ClientInfo, Exam]]:
         for index in self._tried(owner):
             names = (*self.names, "feature_distortion", *(AT_HOME if index == owner else ()))
             client = self.clients[index]
-            yield client, Exam("test", state, metrics=(*names, EXAMPLES) if ended else names)
+            yield client, Exam("test", state, personal, metrics=(*names, EXAMPLES) if ended else names)
             if ended:
-                yield from ((client, exam) for exam in self._validation(client, state))
-        yield self.clients[owner], Exam("train", state)
+                yield from ((client, exam) for exam in self._validation(client, state, personal))
+        yield self.clients[owner], Exam("train", state, personal)
 
-    def _validation(self, client: ClientInfo, state: State) -> list[Exam]:
-        return [Exam("val", state, metrics=tuple({self.metric, LOSS}))] if client.num_val else []
+    def _validation(self, client: ClientInfo, state: State, personal: bool = False) -> list[Exam]:
+        return [Exam("val", state, personal, metrics=tuple({self.metric, LOSS}))] if client.num_val else []
 
     def _measures(self, owner: int, state: State, answers: Mapping[tuple[int, Split], Scores]) -> Measures:
         """Put the answers of the clients tried, and the owner's about its training data, into one."""
@@ -271,12 +304,15 @@ class Measurement:
         own = validated.pop(owner).values if owner in validated else {}
         elsewhere = [score.values[self.metric] for score in validated.values()]
         head = {name: tensor for name, tensor in state.items() if name.startswith(HEAD)}
+        # Where there are no features to compare, what is named `head` is the global model's.
+        in_parts = not (math.isnan(home["feature_distortion"]) and self.clients[owner].num_test)
+        has_head = in_parts and any(tensor.ndim > 1 for tensor in head.values())
         return Measures(
             values,
             feature_distortion=home["feature_distortion"],
             feature_distortion_all=mean(moved, examples),
             ece=home["ece"],
-            head_norm=weight_norm(head) if any(tensor.ndim > 1 for tensor in head.values()) else 0.0,
+            head_norm=weight_norm(head) if has_head else 0.0,
             train_loss=answers[owner, "train"].values["train_loss"],
             one_class=home["one_class"],
             val_metric=own.get(self.metric, math.nan),

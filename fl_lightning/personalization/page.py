@@ -342,7 +342,8 @@ def _chosen(facts: Facts) -> str:
     rows = []
     for name in facts.shown:
         method, choice = facts.methods[name], facts.choices.get(name)
-        text = choice.words(name) if choice else "not tuned" if name not in ("none", "local") else "-"
+        trained = facts.groups[name][0][0].strategy.train and name != "local"
+        text = choice.words(name) if choice else "not tuned" if trained else "-"
         tried = len(choice.candidates) if choice else 1
         rows.append(
             f"<tr><td><b>{escape(name)}</b><td>{escape(text)}<td class=n>{tried}"

@@ -146,7 +146,7 @@ def report(
     best = beyond_all(shown, evidence)
     times = f"{config['seeds']} run{'s' if config['seeds'] > 1 else ''}"
     title = (
-        f"{source.data.name}, {len(clients)} clients, each with the global model of "
+        f"{source.data.name}, {len(clients)} clients, each with the {'mean' if source.start else 'global'} model of "
         f"{source.description['checkpoint']}; {scoring.metric}; {config['epochs']} epochs, "
         f"seed {config['seed']}, {times}"
     )
@@ -273,7 +273,13 @@ def remarks_on(groups: Groups, source: Source, config: Mapping[str, Any], scorin
         lines.append(
             f"{scoring.metric} is no mean over examples: it has no intervals over them, and nobody is said to be hurt."
         )
+    lines += [source.start] if source.start else []
     strategies = {name: runs[0][0].strategy for name, runs in groups.items()}
+    for name, strategy in strategies.items():
+        if strategy.run is not None:
+            lines.append(
+                f"{name}: the clients' own models of {strategy.run.path}, as it kept them; nothing trained here."
+            )
     reference: dict[str, Any] = {key: config[key] for key in ("epochs", "batch_size", "optimizer", "scheduler")}
     for name, strategy in strategies.items():
         own = {key: strategy.settings[key] for key in reference if key in strategy.settings}
@@ -615,7 +621,7 @@ def figures(
             title = f"{name} against none: {place}"
             ends = [found.interval[1:] for found in evidence.changes(name, "none")]
             drawn[f"gains/{name}"] = draw.draw_gains(changes, names, title, f"change of {metric}", ends)
-    drawn |= figures_of(records, place, metric)
+    drawn |= figures_of(records, place, metric, higher_is_better=scoring.higher_is_better)
     if frontier := draw_fronts(records, place, scoring):
         drawn["frontier"] = frontier
     return {file_path(name): figure for name, figure in drawn.items()}

@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from fl_lightning.personalization.epoch_models import models_of
 from fl_lightning.personalization.measurement import Measurement, Measures, ModelMetrics
 from fl_lightning.personalization.outcome import KeptOutcomes, Outcome, file_name
 from fl_lightning.personalization.report import report
+from fl_lightning.personalization.run_models import RunModels
 from fl_lightning.personalization.scoring import Scoring
 from fl_lightning.personalization.selection import Selection
-from fl_lightning.personalization.source import Source, Training, open_source, read_training
-from fl_lightning.personalization.strategy import Strategy, build_strategies
+from fl_lightning.personalization.source import Source, Training, beside, open_source, read_training
+from fl_lightning.personalization.strategy import Strategy, build_strategies, kept_by
 from fl_lightning.run.config import instantiate, plain
 from fl_lightning.run.folder import NO_INFLUENCE, RunFolder
 from fl_lightning.run.training import build_module, check_accelerator
@@ -89,10 +91,15 @@ def _run(
     scoring = Scoring.of(config["evaluation"], training, source.module.task, source.data.num_classes)
     clients = [Client(data.id, data) for data in source.data.clients]
     infos = [client.describe() for client in clients] or [one for one in executor.describe() if not one.unseen]
+    taken = {name for strategy in strategies for name in (strategy.name, strategy.base)}
+    beside(source, config["beside"], config["trust"], taken)
+    strategies = [*strategies, *(kept_by(one) for one in source.runs)]
     measurement = Measurement(infos, scoring.names, others, config["seed"], scoring.metric)
     selection = Selection.of(config, scoring)
     selection.check(strategies, infos, measurement.others)
     for strategy in strategies:
+        if strategy.run is not None:
+            continue
         strategy.choose_epoch(infos)
         strategy.check_clients(infos)
         strategy.send_models(config["curves"]["every"])
@@ -100,7 +107,7 @@ def _run(
     logger = instantiate(config["logger"] or None, "logger", save_dir=str(folder))
     if isinstance(executor, SerialExecutor):
         # Workers have memory of their own; here all clients share one pool.
-        source.data.to(next((one.local.device for one in strategies), source.module.device))
+        source.data.to(next((one.local.device for one in strategies if one.run is None), source.module.device))
     if config["resume"] is not None or _is_personalization(run_folder):
         run_folder.resume(config, FREE_TO_CHANGE)
     else:
@@ -202,7 +209,21 @@ def personalize(
         shown.set_postfix_str(strategy.name)
         todo = [number for number in numbers if number not in done]
         began = time.perf_counter()
-        if todo:
+        if todo and strategy.run is not None:
+            with strategy.run.open() as models:
+                models.measured_by(metrics)
+                for outcome, state in _models_of_run(strategy, models, measurement):
+                    # One model for all seeds.
+                    whole = merged(models.module, state) if config["save_models"] else {}
+                    for number in todo:
+                        done.setdefault(number, []).append(replace(outcome, number=number))
+                        if whole:
+                            exported = export_state_dict(whole, models.module.head_path)
+                            _save(folder, strategy, done[number][-1], exported)
+                    shown.update(len(todo))
+            for number in todo:
+                kept.save(done[number])
+        elif todo:
             load(module, start)
             strategy.prepare(module, config["seed"])
             strategy.local.metrics = metrics
@@ -215,9 +236,8 @@ def personalize(
                         owner = infos[outcome.client].name
                         log.warning("%s, client %s: its model has diverged", strategy.name, owner)
                     if config["save_models"]:
-                        name = f"seed_{outcome.number}/client_{outcome.client}.pt"
-                        path = folder / "models" / file_name(strategy.name) / name
-                        files.save(path, export_state_dict(merged(module, {**base, **state}), module.head_path))
+                        whole = merged(module, {**base, **state})
+                        _save(folder, strategy, outcome, export_state_dict(whole, module.head_path))
                     done.setdefault(outcome.number, []).append(outcome)
                     if len(done[outcome.number]) == len(infos):
                         kept.save(done[outcome.number])
@@ -232,6 +252,11 @@ def personalize(
     shown.close()
     load(module, start)
     return outcomes
+
+
+def _save(folder: Path, strategy: Strategy, outcome: Outcome, state: State) -> None:
+    name = f"seed_{outcome.number}/client_{outcome.client}.pt"
+    files.save(folder / "models" / file_name(strategy.name) / name, state)
 
 
 def recipe(strategy: Strategy, source: Source, scoring: Scoring, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -273,6 +298,13 @@ def _models(
                     raise RuntimeError(f"{strategy.name}, client {client.name}: {ended.error}") from ended.error
                 updates.append(ended.update)
             yield from _measured(strategy, number, first, updates, executor, measurement)
+
+
+def _models_of_run(strategy: Strategy, run: RunModels, measurement: Measurement) -> Iterator[tuple[Outcome, State]]:
+    """Measure the personal models of a run of ``train.py``, client by client."""
+    for index, state in enumerate(run.models(measurement.clients)):
+        [measures] = measurement.measure(run, [(index, state, True)], personal=True)
+        yield Outcome(strategy, index, 0, measures, {}), state
 
 
 def _measured(

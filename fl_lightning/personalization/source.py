@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from fl_lightning.models import hf
 from fl_lightning.models.adapters import with_adapters
 from fl_lightning.models.export import HEAD, read_global_model
 from fl_lightning.module import FederatedModule
+from fl_lightning.personalization.run_models import AT_SITES as AT_SITES_EXECUTOR
+from fl_lightning.personalization.run_models import RunModels, keeps_personal_models
+from fl_lightning.run.config import instantiate
 from fl_lightning.run.folder import RunFolder
 from fl_lightning.run.own_module import takes_no_model
 from fl_lightning.run.training import build_module
@@ -46,6 +49,8 @@ class Source:
         description: Where they come from, in words for ``results.json``.
         training: How the global model was trained, if that is known.
         parts: What the task and the module were made from.
+        runs: Runs of ``train.py`` whose personal models are rows, too: the checkpoint's own first.
+        start: What strategies start from, in words, where it is no global model of the run.
     """
 
     module: FederatedModule
@@ -54,6 +59,8 @@ class Source:
     description: dict[str, Any]
     training: Training | None = None
     parts: dict[str, Any] = field(default_factory=dict)
+    runs: list[RunModels] = field(default_factory=list)
+    start: str = ""
 
 
 @dataclass
@@ -174,11 +181,7 @@ def _from_run_folder(
     run: RunFolder, training: Training, given: Mapping[str, Any], config: Mapping[str, Any], executor: Executor
 ) -> Source:
     before = training.config
-    if not run.global_model.is_file():
-        raise FileNotFoundError(
-            f"{run.path} holds no {run.global_model.name}: the run has not ended, or its method "
-            f"({before['method']['name']}) has no global model to fine-tune"
-        )
+    own = keeps_personal_models(run)
     for key in ("data", "task", "model", "module"):
         if (key == "module" or config.get(key) is None) and before.get(key) is not None:
             check_trusted(before[key], key, config["trust"], str(run.config))
@@ -196,15 +199,66 @@ def _from_run_folder(
             raise ValueError(
                 f"{type(module.whole).__name__} optimizes by hand, which no strategy of personalize.py can direct"
             )
-    put(module, run.global_model, config["new_head"])
+    at_sites = before["executor"]["_target_"] == AT_SITES_EXECUTOR
+    method, start = before["method"]["name"], ""
+    runs = [] if not own or at_sites or given["data"] else [RunModels(run, before, data, config["trust"])]
+    if run.global_model.is_file():
+        put(module, run.global_model, config["new_head"])
+    elif not runs:
+        raise FileNotFoundError(
+            f"{run.path} holds no {run.global_model.name} (method={method}), and no personal models that can be had "
+            "here, whose mean would take its place (not with data=, nor of sites); give a run with a global model"
+        )
+    else:
+        with runs[0].open() as models:
+            load(module, models.mean(module))
+        start = (
+            f"method={method} has no global model: none, the strategies and what clients are compared with start from "
+            "the mean of its clients' models, weighted by training examples."
+        )
     description = {
         "checkpoint": str(run.path),
         "kind": "run folder",
-        "method": before["method"]["name"],
+        "method": method,
         "training_seed": before["seed"],
         "partition_hash": partition.hash,
+        **({"start": "mean of the clients' models"} if start else {}),
     }
-    return Source(module, data, model, description, training, parts)
+    return Source(module, data, model, description, training, parts, runs, start)
+
+
+def beside(source: Source, folders: Sequence[str], trust: Sequence[str], taken: Collection[str]) -> None:
+    """Add the runs whose personal models are rows beside the strategies, and name all rows of runs.
+
+    Args:
+        source: What is personalized; :attr:`Source.runs` are added to.
+        folders: Run folders of ``train.py``.
+        trust: Packages of one's own that their configurations may name.
+        taken: Names of rows that are there.
+
+    Raises:
+        FileNotFoundError: If a folder holds no finished run with a checkpoint.
+        ValueError: If a run has no personal models, or is of another partition.
+    """
+    for folder in folders:
+        run = RunFolder(folder)
+        config = run.read_config()
+        if "personalization" in config:
+            raise ValueError(f"beside must name runs of train.py, got {folder}, which is one of personalize.py")
+        known = [one for one in source.runs if one.data_config == config["data"]]
+        check_trusted(config["data"], "data", trust, str(run.config))
+        data = known[0].data if known else instantiate(config["data"], "data")
+        try:
+            source.data.partition.check_equal(data.partition)
+            source.runs.append(RunModels(run, config, data, trust))
+        except (ValueError, OSError) as error:
+            raise type(error)(f"beside: {error}") from error
+    methods = [one.method for one in source.runs]
+    for one in source.runs:
+        several = methods.count(one.method) > 1
+        one.name = f"{one.method} ({one.path.name})" if several else one.method
+        if one.name in taken:
+            one.name = f"{one.method} (run)"
 
 
 def _from_transformers(

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from itertools import product
 from typing import Any
 
+import torch
 from hydra.utils import get_class
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
@@ -21,6 +23,7 @@ from fl_lightning.client import ClientInfo
 from fl_lightning.fit.local import FitPlan, LocalTraining
 from fl_lightning.module import FederatedModule
 from fl_lightning.personalization.epoch_models import EpochModels
+from fl_lightning.personalization.run_models import RunModels
 from fl_lightning.personalization.source import Training
 from fl_lightning.run.config import instantiate, instantiate_dict, plain
 from fl_lightning.run.training import build_local
@@ -41,12 +44,14 @@ class Strategy:
         name: As in the configuration, with the values of the grid.
         base: Without them.
         values: The values of the grid.
-        start: ``global``: from the global model; ``random``: from fresh weights.
+        start: ``global``: from the global model; ``random``: from fresh weights; ``run``: the models are those of
+            :attr:`run`.
         train: Whether anything is trained.
         local: What runs a client's fit, and measures models where its data are.
         callbacks: Act within the fit.
         settings: Its whole node of the configuration; empty where nothing is trained.
         parts: The nodes of what runs a fit and of the callbacks, from which they can be made anew elsewhere.
+        run: The run of ``train.py`` whose personal models these are; None: they are made here.
     """
 
     name: str
@@ -58,6 +63,12 @@ class Strategy:
     callbacks: dict[str, Callback]
     settings: dict[str, Any]
     parts: dict[str, Any] = field(default_factory=dict)
+    run: RunModels | None = None
+
+    @property
+    def personal(self) -> bool:
+        """Whether each client has a model of its own."""
+        return self.train or self.run is not None
 
     def prepare(self, module: FederatedModule, seed: int) -> None:
         """Set the module up for this strategy, and check what can be checked before any training.
@@ -136,6 +147,15 @@ def build_strategies(cfg: DictConfig, training: Training | None = None) -> list[
                 seen.append(variant)
                 strategies.append(_build(name, chosen, variant))
     return strategies
+
+
+def kept_by(run: RunModels) -> Strategy:
+    """Return the row of a run's personal models, of which nothing is trained."""
+    return Strategy(run.name, run.name, {}, "run", False, _untrained(), {}, {}, run=run)
+
+
+def _untrained() -> LocalTraining:
+    return LocalTraining(partial(Trainer, max_epochs=1), partial(torch.optim.SGD, lr=0.0))
 
 
 def _grid(cfg: DictConfig) -> dict[str, list[Any]]:

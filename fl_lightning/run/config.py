@@ -64,6 +64,7 @@ class PersonalizeConfig:
 
     resume: Optional[str] = None  # noqa: UP045
     checkpoint: str = MISSING
+    beside: list[str] = field(default_factory=list)
     seed: int = MISSING
     seeds: int = MISSING
     epochs: int = MISSING

@@ -144,16 +144,7 @@ def _with_data(
     """Make what depends on the data, and check that it goes together."""
     loop.local.folder = run_folder.path
     data: FederatedData = loop.executor.find_data(config)
-    module = build_module(config, data)
-    evaluation = loop.callbacks["evaluation"]
-    assert isinstance(evaluation, FederatedEvaluation)
-    loop.metrics.use(module.task, evaluation.metric)
-    evaluation.choose_metric(loop.metrics, data.num_classes)
-    loop.local.check_optimizer(module)
-    check_metrics(loop.metrics, module, data)
-    if config["init_from"] is not None:
-        state = read_global_model(config["init_from"], module.head_path, module.global_names)
-        module.start_from(with_adapters(module, state))
+    module = fitting_module(loop, config, data)
     if isinstance(loop.executor, (SerialExecutor, CohortExecutor)):
         # Workers have memory of their own; here all clients share one pool, on the device where it fits.
         silence_lightning()
@@ -171,6 +162,21 @@ def _with_data(
     clients = [Client(item.id, item) for item in data.clients]
     unseen = [Client(item.id, item) for item in data.unseen]
     return Federation(loop, module, clients, unseen, resume, data.partition.hash)
+
+
+def fitting_module(loop: FederatedLoop, config: Mapping[str, Any], data: FederatedData) -> FederatedModule:
+    """Make the model with the weights that the run begins with, and settle the metrics of its task in the loop."""
+    module = build_module(config, data)
+    evaluation = loop.callbacks["evaluation"]
+    assert isinstance(evaluation, FederatedEvaluation)
+    loop.metrics.use(module.task, evaluation.metric)
+    evaluation.choose_metric(loop.metrics, data.num_classes)
+    loop.local.check_optimizer(module)
+    check_metrics(loop.metrics, module, data)
+    if config["init_from"] is not None:
+        state = read_global_model(config["init_from"], module.head_path, module.global_names)
+        module.start_from(with_adapters(module, state))
+    return module
 
 
 def check_metrics(metrics: Metrics, module: FederatedModule, data: FederatedData) -> None:

@@ -114,7 +114,7 @@ def test_drops_are_joined_in_the_order_of_the_epochs() -> None:
     axes = axes_of(draw_drop_against_distortion({"ft": ([1, 2], [2, 4]), "lp_ft": ([3], [6])}, "digits", "global f1"))
     assert legend(axes) == ["ft", "lp_ft"]
     assert [line.get_xydata().tolist() for line in axes.lines[:2]] == [[[1, 2], [2, 4]], [[3, 6]]]
-    assert (axes.get_title(), axes.get_ylabel()) == ("digits", "drop of global f1 (points)")
+    assert (axes.get_title(), axes.get_ylabel()) == ("digits", "loss of global f1")
 
 
 def test_names_are_no_mathematics(tmp_path: Path) -> None:

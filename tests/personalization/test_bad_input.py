@@ -146,7 +146,7 @@ def test_what_is_missing_or_damaged(copy: Path, tmp_path: Path, personalized: Ru
     with pytest.raises(ValueError, match="global_model.pt is damaged"):
         personalized(checkpoint=copy)
     (copy / "global_model.pt").unlink()
-    with pytest.raises(FileNotFoundError, match="has not ended, or its method .fedavg. has no global model"):
+    with pytest.raises(FileNotFoundError, match="holds no global_model.pt .method=fedavg."):
         personalized(checkpoint=copy)
     (copy / "partition.json").unlink()
     (tmp_path / "empty").mkdir()

@@ -1,0 +1,159 @@
+"""The personal models of a run of ``train.py``, formed anew from its last checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from fl_lightning.callbacks.checkpoint import read_checkpoint
+from fl_lightning.callbacks.federated_evaluation import FederatedEvaluation
+from fl_lightning.client import Client, ClientInfo, Exam
+from fl_lightning.data.federated_data import FederatedData
+from fl_lightning.data.partition import Partition
+from fl_lightning.evaluation.predict import Metrics
+from fl_lightning.evaluation.results import read_json
+from fl_lightning.executors import SerialExecutor
+from fl_lightning.executors.executor import Outcome, Task
+from fl_lightning.loop import FederatedLoop
+from fl_lightning.module import FederatedModule
+from fl_lightning.run.folder import RunFolder
+from fl_lightning.run.training import build_loop, fitting_module
+from fl_lightning.run.trust import check_trusted
+from fl_lightning.state import State
+
+SPLIT = "fl_lightning.split.executor.SplitExecutor"
+AT_SITES = "fl_lightning.sites.executor.SitesExecutor"
+
+MADE = (
+    *("model", "module", "task", "optimizer", "scheduler", "trainer", "sharing", "local", "cohort", "aggregator"),
+    *("loop", "evaluation", "callbacks"),
+)
+"""What of a run's configuration is made anew for its personal models."""
+
+
+def keeps_personal_models(run: RunFolder) -> bool:
+    """Tell whether a finished run has personal models, as its results say.
+
+    Raises:
+        FileNotFoundError: If the run has not ended.
+    """
+    if not run.results.is_file():
+        raise FileNotFoundError(f"{run.path} has not ended; continue it with python train.py resume={run.path}")
+    return read_json(run.results).get("personal") is not None
+
+
+class RunModels:
+    """The personal models that a finished run kept: those of the round that validation chose.
+
+    They are formed as ``train.py resume=`` would form them: what clients hold comes from the checkpoint, and training
+    after the rounds is done again, to the same bits. The models live in the run's own module, whose
+    ``personal_forward`` they are; :meth:`run` answers exams by them, in this process.
+
+    Args:
+        run: The run folder.
+        config: Its configuration, plain.
+        data: Its clients.
+        trust: Packages of one's own that the configuration may name.
+
+    Raises:
+        FileNotFoundError: If the run keeps no checkpoint.
+        ValueError: If the run has no personal models, was trained at sites, or is of another partition.
+    """
+
+    def __init__(
+        self, run: RunFolder, config: Mapping[str, Any], data: FederatedData, trust: Sequence[str] = ()
+    ) -> None:
+        self.path = run.path
+        self.method = str(config["method"]["name"])
+        self.name = self.method
+        self._run = run
+        self._config = config
+        self.data = data
+        self.data_config = config["data"]
+        if not keeps_personal_models(run):
+            raise ValueError(
+                f"{run.path} has no personal models (method={self.method}); give it as checkpoint=, or leave it out"
+            )
+        if config["executor"]["_target_"] == AT_SITES:
+            raise ValueError(f"{run.path} was trained at sites, which keep their personal models; leave it out")
+        if not run.last.is_file():
+            raise FileNotFoundError(
+                f"{run.path} keeps no checkpoint, which its personal models are read from; train without "
+                "checkpoint=null"
+            )
+        data.partition.check_equal(Partition.load(run.partition))
+        for key in MADE:
+            check_trusted(config.get(key), key, trust, str(run.config))
+
+    @contextmanager
+    def open(self) -> Iterator[RunModels]:
+        """Form the models, for as long as the context lasts."""
+        config = {**self._config, "resume": None, "logger": None}
+        if config["executor"]["_target_"] != SPLIT:
+            config["executor"] = {"_target_": f"{SerialExecutor.__module__}.{SerialExecutor.__qualname__}"}
+        identity = self._run.identity(self._config, Partition.load(self._run.partition))
+        content = read_checkpoint(self._run.last, identity)
+        loop = build_loop(config, self._run, None)
+        loop.rounds = content["round"]
+        self.module = fitting_module(loop, config, self.data)
+        clients = [Client(one.id, one) for one in self.data.clients]
+        unseen = [Client(one.id, one) for one in self.data.unseen]
+        self._clients = {client.id: client for client in clients}
+        with loop.open(self.module, clients, unseen, content):
+            loop.run_rounds()  # none are left: callbacks get ready
+            evaluation = loop.callbacks["evaluation"]
+            assert isinstance(evaluation, FederatedEvaluation)
+            if "personal" in evaluation.best:
+                evaluation.restore(loop, "personal")
+            self.loop: FederatedLoop = loop
+            self.round = loop.state_round
+            yield self
+
+    def measured_by(self, metrics: Metrics) -> None:
+        """Let exams be answered by some metrics."""
+        self.loop.local.metrics = metrics
+
+    def models(self, clients: Sequence[ClientInfo]) -> Iterator[State]:
+        """Yield all tensors of the personal model of each client, by the names of the run's module."""
+        for client in clients:
+            self._owner = self._clients[client.id]
+            yield self.loop.personal_state(self._owner)
+
+    def run(self, tasks: Iterable[Task]) -> Iterator[Outcome]:
+        """Answer exams by the model that :meth:`models` yielded last, on any client's data."""
+        for client, exam in tasks:
+            assert isinstance(exam, Exam)
+            try:
+                scores = self.loop.local.score(self._clients[client.id], exam, self._owner)
+            except Exception as error:
+                yield Outcome(client, error=error)
+            else:
+                yield Outcome(client, scores=scores)
+
+    def mean(self, module: FederatedModule) -> State:
+        """Return the mean of the clients' models, weighted by training examples, by the names of a module.
+
+        Raises:
+            ValueError: If the clients share no part of the model, or their models are not those of the module.
+        """
+        own = module.state_dict()
+        if not any(name in own and name not in module.base_names for name in self.loop.state):
+            raise ValueError(
+                f"checkpoint={self.path}: its clients share no part of the model (method={self.method}), so that there "
+                f"is nothing to fine-tune from; give checkpoint= a run with a global model, and beside=[{self.path}]"
+            )
+        infos = [one for one in self.loop.clients if one.num_train]
+        total = math.fsum(one.num_train for one in infos)
+        sums = {name: tensor.double() * 0 for name, tensor in own.items()}
+        for info, state in zip(infos, self.models(infos), strict=True):
+            for name, tensor in own.items():
+                if name not in state or state[name].shape != tensor.shape:
+                    raise ValueError(
+                        f"checkpoint={self.path}: its clients' models have no mean, for {name} is not in all of them "
+                        f"alike (method={self.method}); give checkpoint= a run with a global model, and "
+                        f"beside=[{self.path}]"
+                    )
+                sums[name] += state[name].double() * (info.num_train / total)
+        return {name: total.to(own[name].dtype) for name, total in sums.items()}
