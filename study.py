@@ -1,6 +1,6 @@
-"""A table or figure of a paper, end to end. ``python study.py --help`` lists the options, docs/study.md the studies."""
+"""A table or figure of a paper, end to end, which is a comparison: ``python study.py lpft/table2_digit5``."""
 
-from fl_lightning.run.command_line import main
+from fl_lightning.compare import main
 
 if __name__ == "__main__":
-    main("study")
+    main()

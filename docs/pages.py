@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
-SCRIPTS = {"train.yaml": "train.py", "personalize.yaml": "personalize.py", "study.yaml": "study.py"}
+SCRIPTS = {"train.yaml": "train.py", "personalize.yaml": "personalize.py"}
 GROUPS = (
     "method",
     "data",

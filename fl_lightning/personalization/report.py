@@ -622,7 +622,7 @@ def figures(
             ends = [found.interval[1:] for found in evidence.changes(name, "none")]
             drawn[f"gains/{name}"] = draw.draw_gains(changes, names, title, f"change of {metric}", ends)
     drawn |= figures_of(records, place, metric, higher_is_better=scoring.higher_is_better)
-    if frontier := draw_fronts(records, place, scoring):
+    if frontier := draw_fronts(records, place, scoring.metric, scoring.higher_is_better):
         drawn["frontier"] = frontier
     return {file_path(name): figure for name, figure in drawn.items()}
 
@@ -647,12 +647,12 @@ def settings_in(records: Sequence[Record]) -> list[Record]:
     ]
 
 
-def draw_fronts(records: Sequence[Record], place: str, scoring: Scoring) -> Figure | None:
+def draw_fronts(records: Sequence[Record], place: str, metric: str, higher_is_better: bool) -> Figure | None:
     """Draw the fronts of all strategies, the one with the largest area first; None where nothing has two values."""
     from fl_lightning.evaluation import figures as draw
 
-    found = points_of(settings_in(records), scoring.higher_is_better)
-    sign = 1 if scoring.higher_is_better else -1
+    found = points_of(settings_in(records), higher_is_better)
+    sign = 1 if higher_is_better else -1
     kept = {name: points for name, points in found.items() if len(pareto(points)) > 1}
     if not kept:
         return None
@@ -663,7 +663,7 @@ def draw_fronts(records: Sequence[Record], place: str, scoring: Scoring) -> Figu
     bare = [one for one in records if one.strategy == "none" and one.epoch == END]
     start = {key: mean([one.value for one in bare if one.measure == key]) for key in ("global_others", "local")}
     where = (start["global_others"], start["local"]) if bare else None
-    return draw.draw_frontier(clouds, lines, where, f"settings and epochs: {place}", scoring.metric)
+    return draw.draw_frontier(clouds, lines, where, f"settings and epochs: {place}", metric)
 
 
 def file_path(figure: str) -> str:

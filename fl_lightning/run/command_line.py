@@ -1,4 +1,4 @@
-"""Starts ``train.py``, ``personalize.py`` and ``study.py``: composes configurations, prints errors as sentences."""
+"""Starts ``train.py`` and ``personalize.py``: composes configurations, prints errors as sentences."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ from fl_lightning.run.trust import check_trusted
 WORK = {
     "train": "fl_lightning.run.training",
     "personalize": "fl_lightning.personalization",
-    "study": "studies.lpft",
 }
 
 log = logging.getLogger(__name__)
@@ -53,7 +52,7 @@ def main(name: str) -> None:
     """Run a script.
 
     Args:
-        name: ``train``, ``personalize`` or ``study``: the configuration ``conf/<name>.yaml`` and the module behind it.
+        name: ``train`` or ``personalize``: the configuration ``conf/<name>.yaml`` and the module behind it.
     """
     try:
         arguments = with_resume(sys.argv[1:])

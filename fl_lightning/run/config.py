@@ -55,7 +55,6 @@ class TrainConfig:
     progress: Any = None
     paths: Any = MISSING
     trust: list[str] = field(default_factory=list)
-    study: Any = None
 
 
 @dataclass

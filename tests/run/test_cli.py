@@ -63,7 +63,7 @@ def test_the_script_in_a_process_of_its_own(tiny_root: Path, tmp_path: Path) -> 
     assert (done.returncode, "global" in done.stdout, "it/s" in done.stderr) == (0, True, False), done.stderr
 
 
-@pytest.mark.parametrize("name", ["train", "personalize", "study"])
+@pytest.mark.parametrize("name", ["train", "personalize"])
 def test_a_misspelt_key_ends_in_one_sentence(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(name, "optimizer.lrr=1", f"hydra.run.dir={tmp_path / 'run'}") == 1
     told = capsys.readouterr()

@@ -41,8 +41,6 @@ CASES = [
     ("personalize", ["baselines=[none]"], "write 'personalization@baselines=[none]'"),
     ("personalize", ["lp_epoch=3"], "there is no lp_epoch; did you mean lp_epochs?"),
     ("personalize", ["method=fedavg"], "there is no method here; it comes with method="),
-    ("study", ["experiment=lpft/fig3"], "there is no experiment=lpft/fig3; did you mean experiment=lpft/fig3b"),
-    ("study", ["study.seeds=[1]"], "there is no study.seeds here; it comes with "),
 ]
 
 

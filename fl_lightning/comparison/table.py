@@ -1,0 +1,113 @@
+"""Puts trained runs into one table: a row for each method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fl_lightning.evaluation.results import read_json
+from fl_lightning.evaluation.tables import Best, mean_std
+from fl_lightning.run.folder import RunFolder
+
+TOLD = ("method=", "seed=", "resume=", "hydra.")
+"""Overrides that the name of a run leaves out: the method is its first word, and seeds are averaged over."""
+
+BEST: Best = dict.fromkeys(("global", "personal", "worst personal", "worst global", "unseen", "everyone"), "max")
+
+
+def own(row: Mapping[str, Any]) -> float | None:
+    """Return the test score of what clients would use: the personal models, or the global one where there are none."""
+    value: float | None = row["global"] if row["personal"] is None else row["personal"]
+    return value
+
+
+def in_every_seed(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Return, a line for each method, the methods that clients are worse off with in every seed.
+
+    Args:
+        rows: By name a row for each seed; all names have the same seeds.
+    """
+    scores = {name: [own(row) for row in found] for name, found in rows.items()}
+    lines = []
+    for name, values in scores.items():
+        below = [
+            other
+            for other, theirs in scores.items()
+            if all(a is not None and b is not None and a > b for a, b in zip(values, theirs, strict=True))
+        ]
+        lines.append(f"* {name}: above {', '.join(below) or 'none'}")
+    return "\n".join(lines) + "\n"
+
+
+def read_runs(folders: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
+    """Read finished runs, such as those of a sweep.
+
+    Args:
+        folders: Run folders of ``train.py``.
+
+    Returns:
+        By name a row for each seed. The name is the method with the overrides that not all of the runs have.
+
+    Raises:
+        FileNotFoundError: If a folder holds no finished run.
+        ValueError: If two runs differ in nothing, or their metrics differ.
+    """
+    found = []
+    for path in folders:
+        run = RunFolder(path)
+        config = run.read_config()
+        if not run.results.exists():
+            raise FileNotFoundError(f"{path} holds no finished run; continue it with resume={path}, or leave it out")
+        found.append((run, config, read_json(run.results)))
+    if len(metrics := sorted({str(results.get("metric")) for _, _, results in found})) > 1:
+        raise ValueError(f"the runs have different metrics, {', '.join(metrics)}; compare those of one")
+    words = [[word for word in run.started_with() if not word.startswith(TOLD)] for run, _, _ in found]
+    rows: dict[str, list[dict[str, Any]]] = {}
+    seen: dict[tuple[str, int], Path] = {}
+    for own, (run, config, results) in zip(words, found, strict=True):
+        name = " ".join(
+            [config["method"]["name"], *(word for word in own if any(word not in other for other in words))]
+        )
+        before = seen.setdefault((name, config["seed"]), run.path)
+        if before != run.path:
+            raise ValueError(f"{before} and {run.path} are both {name} with seed {config['seed']}; leave one out")
+        rows.setdefault(name, []).append(row(name, results))
+    return rows
+
+
+def over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Put the rows of one method into one: mean and standard deviation of what differs between seeds."""
+
+    def merged(values: Sequence[Any]) -> Any:
+        if len(set(values)) == 1:
+            return values[0]
+        # A model that one seed did not keep has no mean over seeds.
+        return None if None in values else mean_std(values)
+
+    return {column: merged([row[column] for row in rows]) for column in rows[0]}
+
+
+def row(name: str, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the table says about a run. Accuracies are over test examples; worst is the worst client's."""
+    views = {view: results[view] or {} for view in ("global", "personal")}
+    number = len(results["clients"])
+    scored = results.get("clients_scored", number)
+    before = results["in_round"].get(f"test/personal/{results['metric']}/weighted_mean")
+    after = views["personal"].get("weighted_mean")
+    return {
+        "method": name,
+        "global": views["global"].get("weighted_mean"),
+        "personal": after,
+        "worst global": views["global"].get("worst"),
+        "worst personal": views["personal"].get("worst"),
+        "unseen": (results.get("unseen_personal") or results.get("unseen") or {}).get("weighted_mean"),
+        "before tuning": before if before != after else None,
+        **({"everyone": results["personal_on"]["mean"]["everyone"]} if "personal_on" in results else {}),
+        "after fit": results.get("after_fit", {}).get("weighted_mean"),
+        "MB up": results["bytes_up"] / 1e6,
+        "MB down": results["bytes_down"] / 1e6,
+        "rounds": results["rounds"],
+        "seconds": round(results["seconds"]),
+        **({"scored": f"{scored} of {number}"} if scored < number else {}),
+    }
