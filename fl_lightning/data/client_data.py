@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -131,6 +131,24 @@ class ClientData(LightningDataModule):
         changed._source.labels = known.index_copy(0, own, change(known[own].cpu()).to(known.device))
         changed._train_batches = None
         return changed
+
+    def with_part(self, num_train: int, num_val: int, seed: int) -> Self:
+        """Return the same data with some of the training and validation examples, drawn at random, and all test data.
+
+        Args:
+            num_train: How many to train on; of two numbers the smaller draw is part of the larger.
+            num_val: How many for validation.
+            seed: Of the draw.
+        """
+        part = copy.copy(self)
+        generator = torch.Generator().manual_seed(seed)
+        train, val = (
+            known[torch.randperm(len(known), generator=generator)][:number]
+            for known, number in ((self._indices.train, num_train), (self._indices.indices("val"), num_val))
+        )
+        part._indices = replace(self._indices, train=train, val=val)
+        part._train_batches = None
+        return part
 
     def seed(self, value: int) -> None:
         """Fix order and augmentation of the coming epochs: epoch *e* from now on depends on ``(value, e)`` alone."""

@@ -262,6 +262,45 @@ def draw_epochs(curves: Mapping[str, Curve], title: str = "", label: str = "accu
     return figure
 
 
+def draw_newcomers(
+    numbers: Sequence[float],
+    names: Sequence[str],
+    lines: Mapping[str, Sequence[tuple[float, float, float]]],
+    title: str = "",
+    label: str = "accuracy",
+) -> Figure:
+    """What clients that never took part reach, by their number of examples.
+
+    Args:
+        numbers: Of examples, rising.
+        names: What stands below them.
+        lines: By strategy a value and the ends of its interval for each number; ``none``, which needs no examples, is
+            dashed.
+        title: Where they were measured.
+        label: What the values are.
+    """
+    figure, axes = _figure(7.4, 4.4)
+    for index, (name, values) in enumerate(lines.items()):
+        table = np.asarray(values, dtype=float)
+        style = {
+            "color": COLOURS[index % len(COLOURS)],
+            "marker": "" if name == "none" else MARKERS[index % len(MARKERS)],
+        }
+        dash = "--" if name == "none" else "-"
+        axes.plot(numbers, table[:, 0], linestyle=dash, markersize=5, label=_plain(name), **style)  # type: ignore[arg-type]
+        axes.fill_between(numbers, table[:, 1], table[:, 2], color=style["color"], alpha=0.12, linewidth=0)
+    if len(numbers) > 1:
+        axes.set_xscale("log")
+    axes.set_xticks(numbers, [_plain(name) for name in names])
+    axes.minorticks_off()
+    axes.legend(bbox_to_anchor=(1.01, 1), loc="upper left", fontsize=9)
+    axes.set_xlabel("labelled examples of the new client")
+    axes.set_ylabel(f"{_plain(label)} on its own test data")
+    axes.set_title(_plain(title), fontsize=10)
+    axes.grid(alpha=0.3)
+    return figure
+
+
 def draw_drop_against_distortion(
     points: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str = "", label: str = "global accuracy"
 ) -> Figure:

@@ -110,6 +110,39 @@ def scatter(
     return _svg(width, height, parts, f"{y_label} against {x_label}")
 
 
+def curves(
+    numbers: Sequence[float], names: Sequence[str], lines: Mapping[str, Sequence[Interval]], x_label: str, y_label: str
+) -> str:
+    """Draw values with intervals over rising numbers, which stand at equal distances.
+
+    Args:
+        numbers: Along x.
+        names: What stands below them.
+        lines: By name a value for each number; ``none`` is dashed.
+        x_label: What x is.
+        y_label: What y is.
+    """
+    width, height, left, bottom, right = 720.0, 360.0, 62.0, 48.0, 170.0
+    x = Scale(-0.3, len(numbers) - 0.7, left, width - right)
+    y = around([value for line in lines.values() for one in line for value in one], height - bottom, 14)
+    parts = _frame(Scale(0, 0.5, x.start, x.end), y, x_label, y_label, height, ticks=False)
+    parts += [_text(x(place), y.start + 16, name, size=11) for place, name in enumerate(names)]
+    for index, (name, line) in enumerate(lines.items()):
+        colour, hollow, spot = COLOURS[index % len(COLOURS)], index >= len(COLOURS), 26 + 20 * index
+        shift = 3.0 * (index - (len(lines) - 1) / 2)  # beside one another
+        known = [(x(place) + shift, one) for place, one in enumerate(line) if not math.isnan(one.mean)]
+        dash = ' stroke-dasharray="5 4"' if name == "none" else ""
+        points = " ".join(f"{at:.1f},{y(one.mean):.1f}" for at, one in known)
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.8"{dash}/>')
+        for at, one in known:
+            if not math.isnan(one.low):
+                parts.append(_line(at, at, y(one.low), y(one.high), colour, 'stroke-opacity="0.5" stroke-width="1.5"'))
+            parts.append(_spot(at, y(one.mean), colour, hollow, name))
+        parts.append(_spot(width - right + 16, spot - 4, colour, hollow))
+        parts.append(_text(width - right + 27, spot, name, anchor="start"))
+    return _svg(width, height, parts, f"{y_label} by {x_label}")
+
+
 def _far(name: str, points: Mapping[str, tuple[Interval, Interval]]) -> bool:
     """Tell whether a point lies so far from all others that these would be one spot beside it."""
     others = [point for other, point in points.items() if other != name]
@@ -156,12 +189,12 @@ def reliability(
     return _svg(side, side, parts, f"{title}: share right against confidence")
 
 
-def _frame(x: Scale, y: Scale, x_label: str, y_label: str, height: float) -> list[str]:
+def _frame(x: Scale, y: Scale, x_label: str, y_label: str, height: float, ticks: bool = True) -> list[str]:
     parts = [
         f'<rect x="{x.start}" y="{y.end}" width="{x.end - x.start}" height="{y.start - y.end}" fill="none" '
         'stroke="#d1d5db"/>'
     ]
-    for tick in x.ticks():
+    for tick in x.ticks() if ticks else []:
         parts.append(f'<line x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{y.end}" y2="{y.start}" stroke="#f0f1f3"/>')
         parts.append(_text(x(tick), y.start + 16, f"{tick:g}", size=11))
     for tick in y.ticks():

@@ -123,7 +123,7 @@ def plain_table(
 
 def _parts(widths: Sequence[int], width: int | None) -> list[list[int]]:
     """The columns by number, in parts that are at most ``width`` characters wide; each part has the first column."""
-    parts: list[list[int]] = [[0]]
+    parts: list[list[int]] = [[0]] if widths else []
     for index in range(1, len(widths)):
         used = sum(widths[column] + 2 for column in parts[-1])
         if width is not None and used + widths[index] > width and len(parts[-1]) > 1:

@@ -18,6 +18,7 @@ from fl_lightning.evaluation.tables import format_cell
 from fl_lightning.evaluation.uncertainty import Interval
 from fl_lightning.personalization.decision import Decision, decide
 from fl_lightning.personalization.evidence import Evidence, Groups
+from fl_lightning.personalization.newcomers import Arrivals
 from fl_lightning.personalization.predictions import MEANS
 from fl_lightning.personalization.scoring import Scoring
 from fl_lightning.personalization.selection import WHO, Choice, Selection
@@ -76,6 +77,7 @@ class Facts:
         remarks: Sentences on single rows.
         about: What the run was made from, in pairs of a word and a value.
         commands: Which made it, in order.
+        arrived: What clients that never took part would gain; None: there are none.
     """
 
     title: str
@@ -90,6 +92,7 @@ class Facts:
     remarks: Sequence[str]
     about: Sequence[tuple[str, str]]
     commands: Sequence[str]
+    arrived: Arrivals | None = None
 
 
 def page(facts: Facts) -> tuple[str, list[Decision]]:
@@ -101,6 +104,7 @@ def page(facts: Facts) -> tuple[str, list[Decision]]:
         _clients(facts, decisions),
         _harm(facts),
         _trade(facts),
+        _newcomers(facts),
         _fairness(facts),
         _calibration(facts, decisions),
         _chosen(facts),
@@ -271,6 +275,38 @@ def _trade(facts: Facts) -> str:
         "<h2>At home and elsewhere</h2><p>Each strategy as a mean over clients, with 95% intervals over test examples. "
         "The dashed lines go through the global model: up is a gain at home, left is something forgotten of the others."
         f"</p><figure>{drawing}</figure>"
+    )
+
+
+def _newcomers(facts: Facts) -> str:
+    arrived = facts.arrived
+    if arrived is None:
+        return ""
+    plan, metric = arrived.plan, facts.scoring.metric
+    heads = [plan.words(size) for size in plan.sizes]
+    lines = {name: [one.score for one in by_size.values()] for name, by_size in arrived.found.items()}
+    drawing = svg.curves(plan.numbers(), heads, lines, "labelled examples of the new client", f"{metric} at home")
+    rows = "".join(
+        f"<tr><td><b>{escape(name)}</b>"
+        + "".join(
+            f'<td class=n style="color:{GAIN if one.gain.above else HURT if one.gain.below else UNCLEAR}">'
+            f"{_signed(one.gain)}"
+            for one in by_size.values()
+        )
+        + "</tr>"
+        for name, by_size in arrived.found.items()
+        if name != "none"
+    )
+    said = "".join(f"<li>{escape(line)}" for line in arrived.sentences())
+    who = f"{len(arrived.names)} client{'s' if len(arrived.names) > 1 else ''} that never took part"
+    return (
+        f"<h2>What would a new client gain?</h2><p>{who} ({escape(', '.join(arrived.names[:8]))}"
+        f"{', …' if len(arrived.names) > 8 else ''}) got the global model and some labelled examples of their own, "
+        f"drawn {plan.draws} times; <b>none</b> is the global model as it is, <b>local</b> trains alone. Their own test "
+        f"data judge.</p><figure>{drawing}</figure><p class=note><b>Better than the global model by</b>, with paired 95% "
+        "intervals over test examples:</p><div class=scroll><table><thead><tr><th>strategy"
+        + "".join(f"<th class=n>{escape(head)}" for head in heads)
+        + f"</tr></thead><tbody>{rows}</tbody></table></div><ul class=note>{said}</ul>"
     )
 
 

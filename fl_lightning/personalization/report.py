@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
@@ -24,6 +24,7 @@ from fl_lightning.evaluation.tables import MeanStd, latex_table, markdown_table,
 from fl_lightning.evaluation.uncertainty import Interval, holm
 from fl_lightning.personalization.evidence import LINEAR, Change, Evidence, Groups, over_clients
 from fl_lightning.personalization.measurement import SCALARS, Measurement, Measures
+from fl_lightning.personalization.newcomers import Arrivals
 from fl_lightning.personalization.outcome import Outcome, by_strategy, file_name, matrix_of, summary_of
 from fl_lightning.personalization.page import Facts, page
 from fl_lightning.personalization.predictions import MEANS
@@ -88,6 +89,7 @@ def report(
     run_folder: RunFolder,
     logger: Logger | None,
     selection: Selection,
+    arrived: Arrivals | None = None,
 ) -> dict[str, Any]:
     """Write everything and print the table.
 
@@ -101,6 +103,7 @@ def report(
         run_folder: Where files go.
         logger: Gets the curves, and the figures if it is TensorBoard's; None: none.
         selection: How settings of a grid, and strategies, are chosen.
+        arrived: What clients that never took part would gain; None: there are none.
 
     Returns:
         What is written to ``results.json``.
@@ -154,7 +157,8 @@ def report(
     remarks = "".join(f"{line}\n" for line in [*lines, *words_on_choices(choices, methods, selection)])
     harmed = [harm_row(name, methods[name], evidence) for name in shown if name != "none"]
     foot = f"{definitions}\n{INTERVALS[config['intervals']]}\n{remarks}\n{HARM}\n\n"
-    text = f"{title}\n\n{markdown_table(rows, best=best)}\nBold: {BEYOND} {foot}{markdown_table(harmed)}"
+    newcomers = "" if arrived is None else f"\n{words_on_newcomers(arrived, scoring, markdown_table)}"
+    text = f"{title}\n\n{markdown_table(rows, best=best)}\nBold: {BEYOND} {foot}{markdown_table(harmed)}{newcomers}"
     files.write_text(run_folder.path / "table.md", text)
     if len(shown) < len(groups):
         members = [_row(name, methods[name], others, config["intervals"], None) for name in settings]
@@ -170,7 +174,10 @@ def report(
         model = source.model_config.get("name") or source.model_config["_target_"].rpartition(".")[2]
         where = f"{source.data.name}, {model}; {len(clients)} clients, {times}"
         visible = {name: groups[name] for name in shown}
-        show(figures(visible, clients, records, where, scoring, evidence), run_folder, logger)
+        drawn = figures(visible, clients, records, where, scoring, evidence)
+        if arrived is not None:
+            drawn["newcomers"] = draw_newcomers(arrived, scoring, f"{source.data.name}, {model}; {times}")
+        show(drawn, run_folder, logger)
     if logger is not None:
         log_numbers(records, results, config, text, logger)
         logger.finalize("success")
@@ -187,13 +194,19 @@ def report(
         [*lines, *words_on_choices(choices, methods, selection)],
         about(source, config, run_folder),
         commands(source, run_folder),
+        arrived,
     )
     html, decisions = page(facts)
     files.write_text(run_folder.path / "report.html", html)
     results["decisions"] = {one.name: found.to_dict() for one, found in zip(clients, decisions, strict=True)}
+    if arrived is not None:
+        results["newcomers"] = arrived.to_dict()
     write_json(run_folder.results, results)
     results = read_json(run_folder.results)  # where NaN is null
     print(f"{title}\n\n{plain_table(rows, best=best)}\n*: {BEYOND} {foot}{plain_table(harmed)}")
+    if arrived is not None:
+        results["newcomers"] = read_json(run_folder.results)["newcomers"]
+        print(words_on_newcomers(arrived, scoring, plain_table))
     place = run_folder.path
     print(f"run folder: {place}\ndecisions:  {place / 'report.html'}\ncurves:     tensorboard --logdir {place}")
     if config["figures"]:
@@ -664,6 +677,27 @@ def draw_fronts(records: Sequence[Record], place: str, metric: str, higher_is_be
     start = {key: mean([one.value for one in bare if one.measure == key]) for key in ("global_others", "local")}
     where = (start["global_others"], start["local"]) if bare else None
     return draw.draw_frontier(clouds, lines, where, f"settings and epochs: {place}", metric)
+
+
+def words_on_newcomers(arrived: Arrivals, scoring: Scoring, table: Callable[..., str]) -> str:
+    """Return the tables of what clients that never took part would gain, with what they say in sentences."""
+    lines = "\n".join(arrived.sentences())
+    return (
+        f"New clients, which never took part ({', '.join(arrived.names)}): {scoring.metric} on their own test data, by "
+        f"labelled\nexamples of their own (training and validation together, mean of {arrived.plan.draws} draws); 95% "
+        f"intervals over test examples.\n\n{table(arrived.rows(gains=False))}\nBetter than the global model by, "
+        f"paired:\n\n{table(arrived.rows(gains=True))}\n{lines}\n"
+    )
+
+
+def draw_newcomers(arrived: Arrivals, scoring: Scoring, place: str) -> Figure:
+    """Draw what clients that never took part reach by their number of examples."""
+    from fl_lightning.evaluation import figures as draw
+
+    lines = {name: [tuple(one.score) for one in by_size.values()] for name, by_size in arrived.found.items()}
+    sizes = [arrived.plan.words(size) for size in arrived.plan.sizes]
+    title = f"new clients ({len(arrived.names)}): {place}"
+    return draw.draw_newcomers(arrived.plan.numbers(), sizes, lines, title, scoring.metric)
 
 
 def file_path(figure: str) -> str:

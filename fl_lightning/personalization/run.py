@@ -25,7 +25,8 @@ from fl_lightning.models.export import export_state_dict
 from fl_lightning.module import FederatedModule
 from fl_lightning.personalization.epoch_models import models_of
 from fl_lightning.personalization.measurement import Measurement, Measures, ModelMetrics
-from fl_lightning.personalization.outcome import KeptOutcomes, Outcome, file_name
+from fl_lightning.personalization.newcomers import Arrivals, Plan, arrivals, settled
+from fl_lightning.personalization.outcome import KeptOutcomes, Outcome, by_strategy, file_name
 from fl_lightning.personalization.report import report
 from fl_lightning.personalization.run_models import RunModels
 from fl_lightning.personalization.scoring import Scoring
@@ -94,6 +95,7 @@ def _run(
     taken = {name for strategy in strategies for name in (strategy.name, strategy.base)}
     beside(source, config["beside"], config["trust"], taken)
     strategies = [*strategies, *(kept_by(one) for one in source.runs)]
+    plan = Plan.of(config["newcomers"], source.data.unseen)
     measurement = Measurement(infos, scoring.names, others, config["seed"], scoring.metric)
     selection = Selection.of(config, scoring)
     selection.check(strategies, infos, measurement.others)
@@ -116,6 +118,10 @@ def _run(
     kept = KeptOutcomes(folder / "outcomes", snapshot(source.module.state_dict()), scoring.names)
     try:
         outcomes = personalize(source, clients, strategies, scoring, measurement, executor, config, folder, kept)
+        given = settled(strategies, outcomes, selection)
+        arrived = None
+        if plan.newcomers:
+            arrived = _try_newcomers(plan, source, given, scoring, executor, config, folder)
     except Exception:
         if not len(kept):
             run_folder.give_up()
@@ -123,7 +129,28 @@ def _run(
     except KeyboardInterrupt:
         print(f"\nstopped; what has ended is kept; continue: python personalize.py resume={folder}", file=sys.stderr)
         raise
-    return report(outcomes, source, infos, scoring, measurement, config, run_folder, logger, selection)
+    return report(outcomes, source, infos, scoring, measurement, config, run_folder, logger, selection, arrived)
+
+
+def _try_newcomers(
+    plan: Plan,
+    source: Source,
+    strategies: Sequence[Strategy],
+    scoring: Scoring,
+    executor: Executor,
+    config: Mapping[str, Any],
+    folder: Path,
+) -> Arrivals:
+    """Run every strategy at the clients that never took part, with as many examples as planned."""
+    clients = plan.clients(config["seed"])
+    place = folder / "newcomers"
+    own = {**config, "save_models": False}
+    measurement = Measurement([one.describe() for one in clients], scoring.names, 0, config["seed"], scoring.metric)
+    kept = KeptOutcomes(place / "outcomes", snapshot(source.module.state_dict()), scoring.names)
+    log.info("clients that never took part: %s", ", ".join(one.name for one in plan.newcomers))
+    outcomes = personalize(source, clients, strategies, scoring, measurement, executor, own, place, kept)
+    infos = [client.describe() for client in plan.newcomers]
+    return arrivals(plan, by_strategy(outcomes), infos, scoring, config["seed"])
 
 
 def tried_on(matrix: Any) -> int | None:

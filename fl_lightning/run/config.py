@@ -82,6 +82,7 @@ class PersonalizeConfig:
     select: dict[str, Any] = field(default_factory=dict)
     best_of: Optional[list[str]] = None  # noqa: UP045
     matrix: Any = True
+    newcomers: Any = MISSING
     evaluation: Any = MISSING
     curves: Any = MISSING
     data: Any = None
