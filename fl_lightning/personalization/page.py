@@ -302,9 +302,9 @@ def _newcomers(facts: Facts) -> str:
     return (
         f"<h2>What would a new client gain?</h2><p>{who} ({escape(', '.join(arrived.names[:8]))}"
         f"{', …' if len(arrived.names) > 8 else ''}) got the global model and some labelled examples of their own, "
-        f"drawn {plan.draws} times; <b>none</b> is the global model as it is, <b>local</b> trains alone. Their own test "
-        f"data judge.</p><figure>{drawing}</figure><p class=note><b>Better than the global model by</b>, with paired 95% "
-        "intervals over test examples:</p><div class=scroll><table><thead><tr><th>strategy"
+        f"drawn {plan.draws} times; <b>none</b> is the global model as it is, <b>local</b> trains alone. Their own "
+        f"test data judge.</p><figure>{drawing}</figure><p class=note><b>Better than the global model by</b>, with "
+        "paired 95% intervals over test examples:</p><div class=scroll><table><thead><tr><th>strategy"
         + "".join(f"<th class=n>{escape(head)}" for head in heads)
         + f"</tr></thead><tbody>{rows}</tbody></table></div><ul class=note>{said}</ul>"
     )

@@ -694,7 +694,10 @@ def draw_newcomers(arrived: Arrivals, scoring: Scoring, place: str) -> Figure:
     """Draw what clients that never took part reach by their number of examples."""
     from fl_lightning.evaluation import figures as draw
 
-    lines = {name: [tuple(one.score) for one in by_size.values()] for name, by_size in arrived.found.items()}
+    lines = {
+        name: [(one.score.mean, one.score.low, one.score.high) for one in by_size.values()]
+        for name, by_size in arrived.found.items()
+    }
     sizes = [arrived.plan.words(size) for size in arrived.plan.sizes]
     title = f"new clients ({len(arrived.names)}): {place}"
     return draw.draw_newcomers(arrived.plan.numbers(), sizes, lines, title, scoring.metric)
