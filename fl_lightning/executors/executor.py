@@ -51,6 +51,9 @@ class Executor(ABC):
     trains_here = False
     """Whether updates come from this process, so that they may stay on its accelerator."""
 
+    relays = False
+    """Whether clients can train one after another, each from what the one before left in ``update.here``."""
+
     recipe: Mapping[str, Any] = {}
 
     def find_data(self, config: Mapping[str, Any]) -> Any:

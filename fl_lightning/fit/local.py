@@ -145,6 +145,7 @@ class LocalTraining:
         silence_lightning()
         trainer = self._new_trainer([])
         self.device = trainer.strategy.root_device
+        self.precision = str(trainer.precision)
         self.sent = DeviceCopy(self.device)  # what came down last: the model of the round, for all its clients
         if trainer.num_devices != 1:
             raise ValueError(

@@ -11,26 +11,34 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from fl_lightning.checks import above, one_of, whole
+from fl_lightning.checks import above, one_of, whole, within
 from fl_lightning.client import Broadcast, Client, ClientInfo, Exam, Scores
 from fl_lightning.data.partition import Partition
 from fl_lightning.data.splits import ClientIndices
 from fl_lightning.executors.executor import Executor, Message, Outcome, Task
 from fl_lightning.executors.worker import SentState
-from fl_lightning.fit.local import LocalTraining
+from fl_lightning.fit.local import FitPlan, LocalTraining
 from fl_lightning.sites import messages, wire
 from fl_lightning.sites.frame import MAX_BYTES, MessageError, decode_states, encode_states
 from fl_lightning.sites.held import Order
 from fl_lightning.sites.service import Host, SiteService
 from fl_lightning.sites.settings import common
+from fl_lightning.sites.turn import Turn
+from fl_lightning.split.body import ServerBody
+from fl_lightning.split.cut import Cut
+from fl_lightning.split.executor import Relay, SplitServer
+from fl_lightning.split.fit import SplitFit
+from fl_lightning.split.module import SplitModule
+from fl_lightning.state import State
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +110,8 @@ class Job:
         needs: How often the site said that it lacks something.
         before: The job that this one makes ready for, and which fails with it.
         ended: Whether there is an answer or an error.
+        turn: The server's half of work on a model whose middle the server holds.
+        reply: What the site asked for in the midst of its work.
     """
 
     site: str
@@ -113,6 +123,8 @@ class Job:
     needs: int = 0
     before: Job | None = None
     ended: bool = False
+    turn: Turn | None = None
+    reply: bytes = b""
 
 
 class SiteData:
@@ -175,11 +187,15 @@ class SitesExecutor(Executor):
         tls_ca: File of the certificate of who signed those of the sites, PEM.
         insecure: Whether to speak in the clear beyond this machine.
         max_bytes: The longest message, at least 1000.
+        give_up_after: Seconds of silence of a site that is waited for, above 0, after which the run ends; None: never.
+        threads: Threads that torch uses for the middle of a split model, at least 1.
         host: Brings requests to sites and answers back, in the place of a service that listens.
 
     Raises:
         ValueError: If an argument is out of its range.
     """
+
+    relays = True
 
     def __init__(
         self,
@@ -192,6 +208,8 @@ class SitesExecutor(Executor):
         tls_ca: str | None = None,
         insecure: bool = False,
         max_bytes: int = MAX_BYTES,
+        give_up_after: float | None = None,
+        threads: int = 1,
         host: Host | None = None,
     ) -> None:
         if isinstance(sites, int):
@@ -201,6 +219,8 @@ class SitesExecutor(Executor):
         one_of("on_missing", on_missing, OnMissing)
         above("patience", patience, 0)
         whole("max_bytes", max_bytes, 1000)
+        above("give_up_after", give_up_after, 0, or_null=True)
+        within("threads", threads, "[1, 1024]")
         if (tls_cert is None) != (tls_key is None):
             raise ValueError("executor.tls_cert and executor.tls_key belong together; give both")
         if tls_ca is not None and tls_cert is None:
@@ -213,7 +233,7 @@ class SitesExecutor(Executor):
         )
         self.listen, self.sites, self.on_missing, self.patience = listen, sites, on_missing, patience
         self.pems = tls_ca, tls_key, tls_cert
-        self.max_bytes = max_bytes
+        self.max_bytes, self.give_up_after, self.threads = max_bytes, give_up_after, threads
         self.host = host
         self.life = secrets.token_hex(8)
         self.run_id = secrets.token_hex(8)
@@ -222,7 +242,9 @@ class SitesExecutor(Executor):
         self._setup: tuple[str, dict[str, Callable[[bool], bytes]]] | None = None
         self._describe = b""
         self._said = False
-        self._fits = 0
+        self._tasks = 0
+        self._split: SplitServer | None = None
+        self._bodies: dict[tuple[str, int], State] = {}  # that a stage's models go with, by stage and client
         self._tickets: dict[str, str] = {}
         self._held: dict[str, Any] = {}
 
@@ -296,17 +318,41 @@ class SitesExecutor(Executor):
         fingerprint = hashlib.sha256(words.encode()).hexdigest()[:16]
         first = next(iter(self._seats.values())).description
         size = {key: first[key] for key in ("num_classes", "in_channels", "image_size")}
-        header = {"kind": "setup", "setup": fingerprint, "config": config, "data": size}
+        header = {"kind": "setup", "config": config, "data": size}
+        self._split = next((one for one in local.federated_callbacks if isinstance(one, SplitServer)), None)
 
         def encode(seat: Seat, full: bool) -> bytes:
-            return encode_states({**header, "client": seat.info.id}, {"initial": local.initial})
+            initial, cut = local.initial, self._cut(seat.info)
+            if cut is not None:
+                assert isinstance(local.module, SplitModule)
+                initial = {name: initial[name] for name in local.module.parts(cut).client}
+            given = {"setup": self._setup_of(seat.info), "client": seat.info.id, "cut": cut and astuple(cut)}
+            return encode_states({**header, **given}, {"initial": initial})
 
         self._setup = fingerprint, {name: partial(encode, seat) for name, seat in self._seats.items()}
+        if self._split is not None:
+            if type(local.plan) is not FitPlan:
+                raise ValueError("local.plan must be null where sites hold parts of a split model")
+            self._life_of_setup = secrets.token_hex(4)
+            return  # sites ask for their parts when the cuts are chosen
         for job in self._serve([Job(name, make) for name, make in self._setup[1].items()]):
             if isinstance(job.error, MissingError):
                 continue  # it asks for this when it comes
             if job.error is not None:
                 raise ValueError(f"site {job.site}: {job.error}") from job.error
+
+    def _cut(self, info: ClientInfo) -> Cut | None:
+        """Return where a client's model is cut; at the first block that the server holds before that is chosen."""
+        if self._split is None:
+            return None
+        assert isinstance(self.local.module, SplitModule)
+        return self._split.cuts.get(info.id) or self.local.module.cut_at(self.local.module.start)
+
+    def _setup_of(self, info: ClientInfo) -> str:
+        """Return what names the setup of a site: the configuration, and of a split model the run and the cut."""
+        assert self._setup is not None
+        cut = self._cut(info)
+        return self._setup[0] if cut is None else f"{self._setup[0]}.{self._life_of_setup}.{cut.at}"
 
     @override
     def describe(self) -> list[ClientInfo]:
@@ -314,6 +360,29 @@ class SitesExecutor(Executor):
 
     @override
     def run(self, tasks: Iterable[Task]) -> Iterator[Outcome]:
+        tasks = iter(tasks)
+        if (first := next(tasks, None)) is not None:
+            fits = isinstance(first[1], Broadcast) and not (first[1].stage or first[1].request)
+            in_turn = fits and self._split is not None and self._split.in_turn
+            yield from (self._in_turn if in_turn else self._run)(chain([first], tasks))
+
+    def _in_turn(self, tasks: Iterable[Task]) -> Iterator[Outcome]:
+        """Have fits done one after another, through one body; whoever is missing is called once more at the end."""
+        relay, order, late = Relay(), deque(tasks), set()
+        while order:
+            info, message = order.popleft()
+            assert isinstance(message, Broadcast)
+            relay.hand(message)
+            for outcome in self._run([(info, message)]):
+                if isinstance(outcome.error, MissingError) and info.id not in late:
+                    late.add(info.id)
+                    order.append((info, message))
+                    continue
+                if outcome.update is not None:
+                    relay.take(outcome.update, outcome.own_is_finite)
+                yield outcome
+
+    def _run(self, tasks: Iterable[Task]) -> Iterator[Outcome]:
         infos: deque[ClientInfo] = deque()
 
         def jobs() -> Iterator[Job]:
@@ -338,34 +407,86 @@ class SitesExecutor(Executor):
 
     def _task(self, info: ClientInfo, message: Message) -> Job:
         header, states = messages.task(message)
+        turn = self._turn(info, message)
+        if turn is not None:
+            assert isinstance(self.local.module, SplitModule)
+            body = set(self.local.module.parts(turn.cut).body)
+            states["state"] = {name: tensor for name, tensor in message.state.items() if name not in body}
+            states.pop("here", None)
         if states.get("here") and not self._said:
             self._said = True
             log.warning("tensors that clients could have kept are sent to sites again: more travels than is counted")
-        assert self._setup is not None
-        header |= {"setup": self._setup[0], "run": self.run_id, "life": self.life}
-        if header["kind"] == "fit":
-            self._fits += 1
-            header["ticket"] = f"{self.life}-{self._fits}"
-            if not (header["stage"] or header["request"]):
-                self._tickets[info.name] = header["ticket"]
+        self._tasks += 1
+        header |= {"setup": self._setup_of(info), "run": self.run_id, "life": self.life}
+        header["ticket"] = f"{self.life}-{self._tasks}"
+        if isinstance(message, Broadcast) and not (message.stage or message.request):
+            self._tickets[info.name] = header["ticket"]
         seat = self._seats[info.name]
 
         def encode(full: bool) -> bytes:
-            known = not seat.sent.replace(message.state) and not full
+            if turn is not None:
+                turn.begin()
+            known = not seat.sent.replace(states["state"]) and not full
             seat.state += not known
             sent = {key: state for key, state in states.items() if not (known and key == "state")}
             return encode_states({**header, **seat.standing(), "state": seat.state, "known": known}, sent)
 
-        return Job(info.name, encode, message)
+        return Job(info.name, encode, message, turn=turn)
+
+    def _turn(self, info: ClientInfo, message: Message) -> Turn | None:
+        """Return the server's half of work on a model whose middle it holds."""
+        cut, split, local = self._cut(info), self._split, self.local
+        if cut is None or split is None or (isinstance(message, Broadcast) and message.request):
+            return None
+        module = local.module
+        assert isinstance(module, SplitModule)
+        acting = self._acting(message)
+
+        def new_body() -> ServerBody:
+            given = {**message.state, **message.here} if isinstance(message, Broadcast) else message.state
+            if isinstance(message, Exam) and message.stage:
+                given = self._bodies[message.stage, info.id]
+            initial = {name: local.initial[name] for name in module.parts(cut).body}
+            return acting.new_body(module, local.optimizer, {**initial, **given}, local.device, guarded=True)
+
+        precision = local.precision if isinstance(message, Broadcast) else "32-true"
+        return Turn(new_body, cut, split.shapes, precision, self.threads)
+
+    def _acting(self, message: Message) -> SplitFit:
+        """Return the callback that cuts the model in this work."""
+        assert self._split is not None
+        if not (isinstance(message, Broadcast) and message.stage):
+            return self._split
+        callbacks = self.local.stages[message.stage].federated_callbacks
+        if (found := next((one for one in callbacks if isinstance(one, SplitFit)), None)) is None:
+            raise ValueError(
+                f"callbacks.{message.stage} trains the whole model, of which a site holds a part; take "
+                "fl_lightning.split.personal_stage.PersonalStage"
+            )
+        return found
 
     def _outcome(self, info: ClientInfo, job: Job) -> Outcome:
-        header, states = job.content
+        (header, states), turn = job.content, job.turn
         if isinstance(job.message, Exam):
-            return Outcome(info, scores=messages.read_scores(header, states, info.id))
+            scores = messages.read_scores(header, states, info.id)
+            if turn is not None and scores.model is not None:
+                scores.model |= self._body_behind(turn)
+            return Outcome(info, scores=scores)
         assert isinstance(job.message, Broadcast)
         sent = {**job.message.state, **job.message.here}
         update = messages.read_update(header, states, info.id, sent)
+        if turn is not None:
+            stage = job.message.stage
+            if stage:
+                self._bodies[stage, info.id] = self._body_behind(turn)
+            update.here |= self._acting(job.message).left_of(turn.body, () if stage else job.message.here)
         return Outcome(info, update=update, own_is_finite=header.get("own_is_finite") is True)
+
+    def _body_behind(self, turn: Turn) -> State:
+        """Return the tensors of the body behind a client's cut, as they are now."""
+        assert isinstance(self.local.module, SplitModule)
+        names = set(self.local.module.parts(turn.cut).body)
+        return {name: tensor for name, tensor in turn.body.state().items() if name in names}
 
     @override
     def commit(self, ids: Iterable[int]) -> None:
@@ -470,7 +591,7 @@ class SitesExecutor(Executor):
         assert self.host is not None
         while line:
             try:
-                running[line[0].site] = self.host.ask(line[0].site, line[0].encode(line[0].full))
+                running[line[0].site] = self.host.ask(line[0].site, line[0].reply or line[0].encode(line[0].full))
                 return
             except ValueError as error:  # too long a message
                 job = line.popleft()
@@ -483,10 +604,14 @@ class SitesExecutor(Executor):
         try:
             header, states = decode_states(answer, self.max_bytes)
             kind = header.get("kind")
+            if kind == "exchange" and job.turn is not None:
+                reply = job.turn.answer(header, states.get("sent", {}))
+                job.reply = encode_states({"kind": "exchange", "ticket": header.get("ticket")}, {"sent": reply})
+                return
             if kind == "need" and seat is not None and self._setup is not None and job.needs < NEEDS:
                 job.needs += 1
                 # It was started anew, and is told again what went before.
-                job.full = True
+                job.full, job.reply = True, b""
                 what = header.get("what", ())
                 if "description" in what:
                     line.appendleft(Job(job.site, lambda full: self._describe, before=job))
@@ -524,6 +649,11 @@ class SitesExecutor(Executor):
                 seat.missing = True
                 rest = "it is waited for" if self.on_missing == "wait" else "the run goes on without it"
                 log.warning("site %s has not been heard of for %.0f s; %s", site, self.host.silence(site), rest)
+            if self.give_up_after is not None and self.host.silence(site) > self.give_up_after:
+                raise RuntimeError(
+                    f"site {site} has not been heard of for {self.give_up_after:g} s (executor.give_up_after); start "
+                    "it, then the server with resume=RUN"
+                )
         # As long as another is at work, one that comes late still joins in.
         if self.on_missing == "skip" and silent and silent >= running.keys():
             for site in silent:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fl_lightning.client import Broadcast, Client, Exam
+from fl_lightning.client import Broadcast, Client, Fit
 from fl_lightning.data.federated_data import FederatedData
 from fl_lightning.evaluation.predict import Metrics
+from fl_lightning.executors.executor import Message
 from fl_lightning.executors.serial import torch_threads
 from fl_lightning.fit.local import LocalTraining
 from fl_lightning.fit.stock import silence_lightning
@@ -26,6 +29,11 @@ from fl_lightning.sites import messages
 from fl_lightning.sites.frame import MAX_BYTES, MessageError, decode_states, encode_states, integer
 from fl_lightning.sites.held import LostError, Store
 from fl_lightning.sites.settings import COMMON
+from fl_lightning.sites.turn import Dialog, EndedError, RemoteBody
+from fl_lightning.split.cut import Cut
+from fl_lightning.split.exchange import Exchange
+from fl_lightning.split.module import SplitModule
+from fl_lightning.split.part import keep_part, without_weights
 from fl_lightning.state import State, all_finite, difference, load, snapshot
 from fl_lightning.task import guess
 
@@ -79,6 +87,7 @@ class Site:
         self._described: tuple[dict[str, Any], FederatedData] | None = None
         self._setup = ""
         self.ended = ""
+        self._dialog: Dialog | None = None
         self._state: tuple[Any, State] = (None, {})  # the server's last model: it is sent once, under a number
         silence_lightning()
 
@@ -110,11 +119,15 @@ class Site:
             "sync": self._sync,
             "fit": self._work,
             "score": self._work,
+            "exchange": self._go_on,
             "refuse": self._refused,
         }
         kind = header.get("kind")
         if kind not in kinds:
             raise MessageError(f"there is no request {kind!r}")
+        if kind != "exchange" and self._dialog is not None:
+            self._dialog.end()
+            self._dialog = None
         return kinds[str(kind)](header, states)
 
     def _refused(self, header: Mapping[str, Any], states: Mapping[str, State]) -> messages.Content:
@@ -181,10 +194,19 @@ class Site:
         if self.agreed and not fingerprint.startswith(self.agreed):
             raise RefusedError(f"the server's configuration {fingerprint} is not the one agreed to, {self.agreed}")
         try:
-            self.local, self.client = self._local(config, size, states.get("initial", {}), integer(header, "client"))
+            cut = None if header.get("cut") is None else Cut(*header["cut"])
+            initial, number = states.get("initial", {}), integer(header, "client")
+            self.local, self.client = self._local(config, size, initial, number, cut)
         except (ValueError, TypeError, ImportError) as error:
             raise RefusedError(f"the run cannot be set up at site {self.name}: {error}") from error
         self._setup, self._state = fingerprint, (None, {})
+        if cut is not None:
+            held = sum(tensor.nbytes for tensor in self.local.initial.values())
+            log.info(
+                "ready for method %s, fingerprint %s: it holds %s bytes of the model, before block %d and from %d on",
+                config["method"], fingerprint.partition(".")[0], f"{held:,}", cut.at, cut.end,
+            )  # fmt: skip
+            return {"kind": "ready"}, {}
         shared = self.local.sharing.names(self.local.module)
         log.info(
             "ready for method %s, fingerprint %s: an update holds %d tensors of the model, %s", config["method"],
@@ -193,7 +215,7 @@ class Site:
         return {"kind": "ready"}, {}
 
     def _local(
-        self, config: dict[str, Any], size: dict[str, Any], initial: State, number: int
+        self, config: dict[str, Any], size: dict[str, Any], initial: State, number: int, cut: Cut | None
     ) -> tuple[LocalTraining, Client]:
         assert self._described is not None
         check_trusted(config, "", self.trust, "the server's configuration")
@@ -205,7 +227,11 @@ class Site:
         data = self._described[1]
         task = task_of(config, data.first_targets(1))
         classes, channels, pixels = (integer(size, key) for key in ("num_classes", "in_channels", "image_size"))
-        module = new_module(config, classes, channels, pixels, task)
+        with nullcontext() if cut is None else without_weights():
+            module = new_module(config, classes, channels, pixels, task)
+        if cut is not None:
+            assert isinstance(module, SplitModule)
+            keep_part(module, cut)
         if words := difference(initial, module.state_dict()):
             raise ValueError(f"the server's model is another one than this version makes: {words}")
         load(module, initial)
@@ -225,7 +251,11 @@ class Site:
             local.metrics = ModelMetrics(measured, snapshot(module.backbone.state_dict()), task)
         sharing: Sharing = instantiate(config["sharing"], "sharing")
         local.setup(module, sharing, list(callbacks.values()), config["seed"])
-        check_metrics(local.metrics, module, data)
+        if cut is None:
+            check_metrics(local.metrics, module, data)
+        else:
+            assert isinstance(module, SplitModule)
+            module.line = Exchange(RemoteBody(self._ask), cut, callbacks["server"].alignment)
         data.to(local.device)
         own = data.clients[0]
         own.batch_size = config.get("batch_size") or data.batch_size
@@ -263,30 +293,50 @@ class Site:
         message = messages.read_task(header, states)
         store = self._follow(header)
         client = store.fill(self.client)
-        if isinstance(message, Exam) and message.fetch and self.stays:
+        if isinstance(message, Broadcast):
+            message.state = dict(message.state)  # a fit may put others into it
+        elif message.fetch and self.stays:
             raise MessageError(f"the model of site {self.name} stays where it is (--keep-model)")
+        ticket = str(header.get("ticket"))
+        if getattr(self.local.module, "line", None) is None:
+            return self._done(client, message, store, ticket)
+        self._dialog = Dialog(ticket, partial(self._done, client, message, store, ticket))
+        return self._dialog.begin()
+
+    def _done(self, client: Client, message: Message, store: Store, ticket: str) -> messages.Content:
+        """Fit or score, and say what came of it."""
         try:
-            if isinstance(message, Broadcast):
-                message.state = dict(message.state)  # a fit may put others into it
-                fit = self.local.fit(client, message)
-                if back := fit.update.here.keys() & message.here.keys():
-                    names = ", ".join(sorted(back)[:4])
-                    raise ValueError(
-                        f"{names} would be handed back within one process; this method has no way over a network, take "
-                        "executor=serial or split"
-                    )
-            else:
-                scores = self.local.score(client, message)
+            with torch_threads(self.threads):
+                answer = self.local.answer(client, message)
+            given = message.here if isinstance(message, Broadcast) else {}
+            if isinstance(answer, Fit) and (back := answer.update.here.keys() & given.keys()):
+                names = ", ".join(sorted(back)[:4])
+                raise ValueError(
+                    f"{names} would be handed back within one process; this method has no way over a network, take "
+                    "executor=serial"
+                )
+        except EndedError:
+            raise
         except Exception as error:  # the server decides what a failed client means
             log.exception("the client's work failed")
             return {"kind": "error", "text": f"{type(error).__name__}: {error}", "number": store.held.number}, {}
-        if isinstance(message, Exam):
-            content, found = messages.scored(scores)
+        if isinstance(answer, Fit):
+            if isinstance(message, Broadcast) and not message.request:
+                store.take(answer, ticket)
+            content, found = messages.fitted(answer, all_finite(answer.personal))
         else:
-            if not message.request:
-                store.take(fit, str(header.get("ticket")))
-            content, found = messages.fitted(fit, all_finite(fit.personal))
+            content, found = messages.scored(answer)
         return {**content, "number": store.held.number}, found
+
+    def _go_on(self, header: dict[str, Any], states: dict[str, State]) -> messages.Content:
+        """Go on with work that asked the server something."""
+        if self._dialog is None or self._dialog.ticket != header.get("ticket"):
+            return {"kind": "need", "what": ["turn"]}, {}
+        return self._dialog.hear(states.get("sent", {}))
+
+    def _ask(self, header: dict[str, Any], sent: State) -> State:
+        assert self._dialog is not None
+        return self._dialog.ask(header, sent)
 
 
 def own_packages(node: Mapping[str, Any]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,28 +14,21 @@ from fl_lightning.checks import above
 from fl_lightning.fit.optimizer_state import pack, unpack
 from fl_lightning.split.alignment import Alignment
 from fl_lightning.split.blocks import named_tensors, run
+from fl_lightning.split.cost import Reach
 from fl_lightning.split.cut import Cut
 from fl_lightning.split.module import SplitModule
-from fl_lightning.state import State, load, snapshot
+from fl_lightning.split.traffic import Traffic
+from fl_lightning.state import State, all_finite, overwrite, snapshot
 
 MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
 
-@dataclass
-class _Waiting:
-    """A forward pass whose gradient has not come yet."""
-
-    activation: Tensor
-    output: Tensor
-    penalty: Tensor | None
-    weights: dict[str, Tensor]
-
-
 class ServerBody:
-    """One copy of the blocks ``[start, end)``, updated by every client's batch and never averaged.
+    """One copy of the blocks ``[start, end)``, updated by every client's batch.
 
     It knows neither inputs nor labels nor a client's weights: activations and gradients come in, activations and
-    gradients go out. The same object serves clients in this process and over the network.
+    gradients go out. The same object serves clients in this process and over the network. It answers a client at a
+    time, and counts what the client's batches send.
 
     Args:
         module: The whole model; the body's blocks are copied from it, so that no storage is shared, and its tensors are
@@ -45,6 +37,11 @@ class ServerBody:
         alignment: How private tops are held near the body's blocks.
         clip: Largest norm of a gradient of the body; ``None`` clips nothing. Clients clip their own.
         frozen: Whether the body is not trained; its BatchNorm statistics stand still too.
+        guarded: Whether every gradient of the body must be finite before the body moves.
+
+    Attributes:
+        batches: The sizes of the batches that were trained, in their order.
+        traffic: What they sent.
     """
 
     def __init__(
@@ -54,6 +51,7 @@ class ServerBody:
         alignment: Alignment,
         clip: float | None = None,
         frozen: bool = False,
+        guarded: bool = False,
     ) -> None:
         above("clip", clip, 0, or_null=True)
         self.start = module.start
@@ -67,29 +65,104 @@ class ServerBody:
         self.alignment = alignment
         self.clip = clip
         self.frozen = frozen
+        self.guarded = guarded
         self.blocks.requires_grad_(not frozen)
         self.optimizer = optimizer(self.blocks.parameters())
-        self._waiting: dict[tuple[int, int], _Waiting] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin an account of batches."""
+        self.batches: list[int] = []
+        self.traffic = Traffic()
+        self._outputs: list[Tensor] = []  # of the batch whose gradient has not come yet
+        self._activation: Tensor | None = None
 
     def state(self) -> State:
         """Return copies of the body's tensors under the model's names."""
         return snapshot({self._full_names[name]: tensor for name, tensor in self.blocks.state_dict().items()})
 
     def load_state(self, state: State) -> None:
-        """Take the body's tensors from a state of the model; other tensors in it are ignored."""
-        load(self.blocks, {name: state[full] for name, full in self._full_names.items()})
+        """Take those tensors of a state of the model that are the body's; what is not in it stays as it is."""
+        own = {self._full_names[name]: tensor for name, tensor in self.blocks.state_dict().items()}
+        if held := own.keys() & state.keys():
+            overwrite({name: own[name] for name in held}, {name: state[name] for name in held})
 
-    def train(self, mode: bool = True) -> None:
-        """Choose training or evaluation mode for the blocks."""
-        self.blocks.train(mode and not self.frozen)
+    def forward(self, cut: Cut, activation: Tensor, base: Tensor | None, reach: Reach) -> tuple[Tensor, Tensor | None]:
+        """Answer message 1: train on an activation.
 
-    def output(self, cut: Cut, activation: Tensor) -> Tensor:
-        """Return the body's output for an activation at a client's cut, within the caller's graph."""
-        output: Tensor = _Run(self._used(cut))(activation)
-        return output
+        Args:
+            cut: The client's cut.
+            activation: At the cut, ``(N, ...)``.
+            base: The base's output, where alignment needs it.
+            reach: How far back the gradient will go; at ``tail`` none comes.
 
-    def _used(self, cut: Cut) -> nn.ModuleList:
-        return nn.ModuleList(list(self.blocks)[cut.at - self.start :])
+        Returns:
+            The body's output, and where the client aligns the output of the body's copies of its private top.
+        """
+        self.blocks.train(not self.frozen)
+        self._outputs = []
+        self._activation = activation.detach().requires_grad_(reach == "front")
+        # The copy is a node of its own, behind which the body's gradient is summed up before the alignment's is added.
+        with torch.enable_grad():
+            output = run(self._used(cut), self._activation.clone())
+        copies = None if base is None or self.alignment.place is None else self.copies(cut, base)
+        down = copies if self.alignment.place == "client" else None
+        if reach != "tail":
+            self._outputs = [output]
+            if copies is not None and down is None:
+                with torch.enable_grad():
+                    self._outputs.append(self.alignment(self._activation, copies))
+        self.batches.append(len(activation))
+        self.traffic.add("activation_up", activation, base)
+        self.traffic.add("activation_down", output, down)
+        return output.detach(), down
+
+    def backward(self, gradient: Tensor, scale: float = 1.0) -> Tensor | None:
+        """Answer message 3: move the body.
+
+        Args:
+            gradient: Of the loss with respect to the body's output.
+            scale: By what the client multiplies its loss (accumulated batches).
+
+        Returns:
+            The gradient with respect to the activation at the cut, if it is wanted.
+
+        Raises:
+            ValueError: If the gradient of the body is not finite; the body has not moved.
+        """
+        assert self._activation is not None
+        gradients = [gradient, *(torch.full_like(penalty, scale) for penalty in self._outputs[1:])]
+        torch.autograd.backward(self._outputs, gradients)
+        if self.guarded and not all_finite(
+            {n: p.grad for n, p in self.blocks.named_parameters() if p.grad is not None}
+        ):
+            raise ValueError("its gradient would move the body to NaN or an infinity; lower the learning rate")
+        self.step()
+        wanted = self._activation.grad
+        self.traffic.add("gradient_up", gradient)
+        self.traffic.add("gradient_down", wanted)
+        self._outputs, self._activation = [], None
+        return wanted
+
+    def waits_for(self) -> tuple[torch.Size, torch.dtype] | None:
+        """Return shape and type of the gradient that is to come; None: no batch is under way."""
+        return (self._outputs[0].shape, self._outputs[0].dtype) if self._outputs else None
+
+    @torch.no_grad()
+    def evaluate(self, cut: Cut, activation: Tensor) -> Tensor:
+        """Return the body's output without training."""
+        self.blocks.eval()
+        return run(self._used(cut), activation)
+
+    def step(self) -> None:
+        """Update the body with the gradients that are there, and forget them. Blocks without one stay as they are."""
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(self.blocks.parameters(), self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _used(self, cut: Cut) -> list[nn.Module]:
+        return list(self.blocks)[cut.at - self.start :]
 
     @torch.no_grad()
     def copies(self, cut: Cut, base: Tensor) -> Tensor:
@@ -103,88 +176,6 @@ class ServerBody:
             base = functional_call(block, buffers, (base,)) if buffers else block(base)
         return base
 
-    def step(self) -> None:
-        """Update the body with the gradients that are there, and forget them. Blocks without one stay as they are."""
-        if self.clip is not None:
-            nn.utils.clip_grad_norm_(self.blocks.parameters(), self.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def forward(
-        self, key: tuple[int, int], cut: Cut, activation: Tensor, base: Tensor | None, keep: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Answer message 1 of a client in another process.
-
-        The weights are copied for the pass, so that its gradient is that of the output it gave, even if other clients
-        have moved the body meanwhile.
-
-        Args:
-            key: The client's number and the ticket of its batch; a client has one batch under way at a time.
-            cut: The client's cut.
-            activation: At the cut.
-            base: The base's output, where alignment needs it.
-            keep: Whether a gradient will follow.
-
-        Returns:
-            The body's output, and the output of its copies of the private top if the client aligns.
-        """
-        self.forget(key[0])
-        copies = self.copies(cut, base) if base is not None and cut.at > cut.start and self.alignment.place else None
-        if not keep:
-            with torch.no_grad():
-                return self.output(cut, activation), copies
-        activation = activation.detach().requires_grad_()
-        used = self._used(cut)
-        weights = {name: tensor.detach().clone().requires_grad_() for name, tensor in used.named_parameters()}
-        with torch.enable_grad():
-            output = functional_call(
-                _Run(used), {f"blocks.{name}": tensor for name, tensor in weights.items()}, (activation,)
-            )
-            penalty = None
-            if copies is not None and self.alignment.place == "server":
-                penalty = self.alignment(activation, copies)
-        self._waiting[key] = _Waiting(activation, output, penalty, weights)
-        return output.detach(), copies if self.alignment.place == "client" else None
-
-    def backward(self, key: tuple[int, int], cut: Cut, gradient: Tensor, scale: float = 1.0) -> Tensor:
-        """Answer message 3: move the body, and return the gradient with respect to the activation at the cut.
-
-        Args:
-            key: As in `forward`.
-            cut: The client's cut.
-            gradient: Of the loss with respect to the body's output.
-            scale: By what the client multiplies its loss (accumulated batches).
-
-        Raises:
-            KeyError: If no forward pass waits under this key.
-            ValueError: If the gradient's shape is not that of the output.
-        """
-        waiting = self._waiting[key]
-        if gradient.shape != waiting.output.shape:
-            raise ValueError(
-                f"the output was {tuple(waiting.output.shape)}, but its gradient has shape {tuple(gradient.shape)}."
-            )
-        del self._waiting[key]
-        outputs, gradients = [waiting.output], [gradient.to(waiting.output.dtype)]
-        if waiting.penalty is not None:
-            outputs.append(waiting.penalty)
-            gradients.append(torch.full_like(waiting.penalty, scale))
-        torch.autograd.backward(outputs, gradients)
-        used = self._used(cut)
-        for name, parameter in used.named_parameters():
-            parameter.grad = waiting.weights[name].grad
-        self.step()
-        assert waiting.activation.grad is not None
-        return waiting.activation.grad
-
-    def forget(self, client_id: int) -> None:
-        """Drop what waits for a client: it has started another batch, or is gone."""
-        self._waiting = {key: waiting for key, waiting in self._waiting.items() if key[0] != client_id}
-
-    def waits_for(self, key: tuple[int, int]) -> bool:
-        """Tell whether a forward pass waits under this key."""
-        return key in self._waiting
-
     def optimizer_state(self) -> dict[str, Any]:
         """Return what the optimizer keeps, by the names of the tensors: plain values and copies on the CPU."""
         return pack(self.optimizer, self._parameter_names())
@@ -195,16 +186,3 @@ class ServerBody:
 
     def _parameter_names(self) -> dict[Tensor, str]:
         return {parameter: self._full_names[name] for name, parameter in self.blocks.named_parameters()}
-
-
-class _Run(nn.Module):
-    """Blocks as one module, so that all their weights can be replaced in one call."""
-
-    def __init__(self, blocks: nn.ModuleList) -> None:
-        super().__init__()
-        self.blocks = blocks
-
-    def forward(self, x: Tensor) -> Tensor:
-        # The view is a node of its own: the body's gradient is summed up before the alignment's is added, so that the
-        # last bit is the same whether both are in one graph or meet only when a message comes back.
-        return run(list(self.blocks), x.view_as(x))

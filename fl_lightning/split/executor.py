@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from typing_extensions import override
 from fl_lightning.callback import Server
 from fl_lightning.checks import above, one_of
 from fl_lightning.client import Broadcast, Fit, Scores
+from fl_lightning.evaluation.predict import evaluating
 from fl_lightning.executors.executor import Message
 from fl_lightning.executors.serial import SerialExecutor
 from fl_lightning.split.alignment import Alignment
@@ -46,29 +48,44 @@ if TYPE_CHECKING:
 Schedule = Literal["sequential", "asynchronous"]
 PREFIX = "split/"
 MEASURED = ("flops_per_second", "memory")
-TRAINED = {True: "in one process, one client after another", False: "a body for each client, averaged"}
+TRAINED = {True: "one body, one client after another", False: "a body for each client, averaged"}
+
+
+class Relay:
+    """Hands one server body from client to client: each begins with it as the client before left it.
+
+    A client that fails, or comes out with NaN or an infinity, leaves it as it was.
+    """
+
+    def __init__(self) -> None:
+        self._left: State = {}
+
+    def hand(self, message: Broadcast) -> None:
+        """Put what the last client left into a message, in the place of what the round began with."""
+        for name in message.here:
+            message.here[name] = self._left.get(name.removeprefix(COPY), message.here[name])
+        message.here |= {name: kept for name, kept in self._left.items() if name.startswith(OPTIMIZER)}
+
+    def take(self, update: Update, own_is_finite: bool) -> None:
+        """Take what a client leaves, if all of it is finite."""
+        if own_is_finite and all(all_finite(part) for part in (update.state, update.extra, update.here)):
+            self._left |= update.here
 
 
 class SplitExecutor(SerialExecutor):
-    """Runs clients one after another; each begins with the server's body as the client before it left it.
+    """Runs clients one after another, in this process, through the one body of a split server."""
 
-    So the body is one copy under sequential gradient descent. A client that fails, or comes out with NaN or an
-    infinity, leaves it as it was.
-    """
+    relays = True
 
     @override
     def _answers(self, tasks: Iterable[tuple[Client, Message]]) -> Iterator[Fit | Scores | Exception]:
-        left: State = {}
+        relay = Relay()
         for client, message in tasks:
             if isinstance(message, Broadcast):
-                for name in message.here:
-                    message.here[name] = left.get(name.removeprefix(COPY), message.here[name])
-                message.here |= {name: kept for name, kept in left.items() if name.startswith(OPTIMIZER)}
+                relay.hand(message)
             for answer in super()._answers([(client, message)]):
                 if isinstance(answer, Fit):
-                    update = answer.update
-                    if all(all_finite(part) for part in (update.state, update.extra, update.here, answer.personal)):
-                        left |= update.here
+                    relay.take(answer.update, all_finite(answer.personal))
                 yield answer
 
 
@@ -92,10 +109,10 @@ class SplitServer(SplitFit):
         schedule: What the simulated time of a round assumes: clients one after another, or all at once with one queue.
             The batches themselves are computed one client after another.
         frozen: As in `SplitFit`.
-        in_turn: Whether the body is one copy; this takes ``executor=split``.
+        in_turn: Whether the body is one copy; this takes ``executor=split``, or ``executor=sites``.
     """
 
-    saved = ("chosen", "reported", "sent", "simulated_seconds", "optimizers")
+    saved = ("chosen", "reported", "sent", "simulated_seconds", "optimizers", "missed")
 
     def __init__(
         self,
@@ -126,6 +143,9 @@ class SplitServer(SplitFit):
         self.sent = Traffic().numbers()
         self.simulated_seconds = 0.0
         self.optimizers: dict[str, State] = {}
+        self.missed: dict[str, list[int]] = {}
+        self.cuts: dict[int, Cut] = {}
+        self.shapes: list[torch.Size] = []  # of one example's output of each block
 
     @override
     def check(self, module: FederatedModule, trainer: Trainer) -> None:
@@ -143,17 +163,22 @@ class SplitServer(SplitFit):
         assert isinstance(module, SplitModule)
         if not isinstance(sharing, SplitSharing):
             raise TypeError("split training needs sharing._target_=fl_lightning.split.sharing.SplitSharing")
-        if self.in_turn != isinstance(loop.executor, SplitExecutor):
+        if self.in_turn and not loop.executor.relays:
             raise ValueError(
                 "callbacks.server.in_turn=true trains one server body by one client after another, which takes "
-                f"executor=split, got {type(loop.executor).__name__}; method=splitfed runs in any"
-                if self.in_turn
-                else "executor=split trains one server body; set callbacks.server.in_turn=true, or executor=serial"
+                f"executor=split or sites, got {type(loop.executor).__name__}; method=splitfed runs in any"
+            )
+        if not self.in_turn and isinstance(loop.executor, SplitExecutor):
+            raise ValueError(
+                "executor=split trains one server body; set callbacks.server.in_turn=true, or executor=serial"
             )
         x = module.example_input_array
         assert isinstance(x, Tensor)
         module.to("cpu")
         check(module.blocks, module.backbone, x)
+        with evaluating(module), torch.no_grad():
+            outputs = accumulate(module.blocks.values(), lambda out, block: block(out), initial=x)
+            self.shapes = [out.shape[1:] for out in outputs][1:]
         ids = [client.id for client in loop.clients]
         if self.measure and not self.reported:
             answers = loop.ask(self.name, loop.clients, with_state=False)
@@ -191,6 +216,7 @@ class SplitServer(SplitFit):
         self._batches: list[list[BatchSeconds]] = []
         self._round = Traffic()
         self._body: State = {}
+        self._awaited = {client.id: client.name for client in cohort}
 
     @override
     def on_broadcast(self, loop: Server, client: ClientInfo, broadcast: Broadcast) -> None:
@@ -209,6 +235,7 @@ class SplitServer(SplitFit):
     def on_update(self, loop: Server, client: ClientInfo, update: Update) -> None:
         module, cut, device = loop.module, self.cuts[client.id], self._profile_of[client.id]
         assert isinstance(module, SplitModule)
+        self._awaited.pop(client.id)
         sizes, traffic = account(update.here)
         if self.keep_optimizer:
             kept = [name for name in update.here if name.startswith(OPTIMIZER)]
@@ -227,6 +254,8 @@ class SplitServer(SplitFit):
     @override
     def on_aggregate_end(self, loop: Server) -> None:
         loop.state = {**loop.state, **self._body}
+        for name in self._awaited.values():
+            self.missed[name] = [*self.missed.get(name, ()), loop.round]
         seconds = self.seconds_of(self._batches)
         self.simulated_seconds += seconds
         loop.log({f"{PREFIX}{name}": value for name, value in self._round.numbers().items()})
@@ -262,6 +291,7 @@ class SplitServer(SplitFit):
                 "cuts": {client.name: self.cuts[client.id].at for client in loop.clients},
                 "measured": {c.name: self.reported[c.id] for c in loop.clients if c.id in self.reported},
                 "trained": TRAINED[self.in_turn],
+                "missed_rounds": self.missed,
                 "simulated_schedule": self.schedule,
                 "bytes": self.sent,
                 "simulated_seconds": self.simulated_seconds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ from fl_lightning.callback import FederatedCallback
 from fl_lightning.split.alignment import Alignment
 from fl_lightning.split.body import MakeOptimizer, ServerBody
 from fl_lightning.split.cut import Cut
-from fl_lightning.split.in_process import InProcessExchange
+from fl_lightning.split.exchange import Exchange
 from fl_lightning.split.module import SplitModule
 from fl_lightning.split.traffic import Traffic
 
@@ -68,30 +69,53 @@ class SplitFit(FederatedCallback):
         self.clip = clip
         self.frozen = frozen
 
-    def new_body(self, module: SplitModule) -> ServerBody:
-        """Return the server's half of a model, with the weights that the model has now."""
-        optimizer = self.make_optimizer or module.context.optimizer
-        assert optimizer is not None, "outside a fit there is no optimizer of the clients"
-        return ServerBody(module, optimizer, self.alignment, self.clip, self.frozen)
+    def new_body(
+        self, module: SplitModule, optimizer: MakeOptimizer, here: State, device: torch.device, guarded: bool = False
+    ) -> ServerBody:
+        """Return the server's half of a model as a fit begins with it.
+
+        Args:
+            module: The model; what is not in ``here`` has its weights.
+            optimizer: The clients', for a body that has none of its own.
+            here: Tensors of the body, its copies of a private top, and what its optimizer kept.
+            device: Where it computes.
+            guarded: As in `ServerBody`.
+        """
+        body = ServerBody(module, self.make_optimizer or optimizer, self.alignment, self.clip, self.frozen, guarded)
+        body.blocks.to(device)
+        body.load_state({name.removeprefix(COPY): tensor for name, tensor in here.items()})
+        body.load_optimizer_state(
+            {name.removeprefix(OPTIMIZER): kept for name, kept in here.items() if name.startswith(OPTIMIZER)}
+        )
+        return body
+
+    def left_of(self, body: ServerBody, names: Iterable[str]) -> State:
+        """Return what a fit leaves in ``update.here``: those tensors of the body, its optimizer, the account."""
+        found = {name: tensor for name, tensor in body.state().items() if name in set(names)}
+        if self.keep_optimizer:
+            found |= {OPTIMIZER + name: kept for name, kept in body.optimizer_state().items()}
+        found[BATCHES] = torch.tensor(body.batches)
+        found[TRAFFIC] = torch.tensor(list(vars(body.traffic).values()))
+        return found
 
     @override
     def on_client_start(self, client: Client, module: FederatedModule, broadcast: Broadcast) -> None:
         self._here = broadcast.here
-        self._exchange: InProcessExchange | None = None
+        self._half: ServerBody | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         assert isinstance(pl_module, SplitModule)
         pl_module.to(trainer.strategy.root_device)  # the body is made where the model trains
-        body = self.new_body(pl_module)
-        copies = {name.removeprefix(COPY): tensor for name, tensor in self._here.items() if name.startswith(COPY)}
-        if copies:
-            body.load_state({**body.state(), **copies})
-        body.load_optimizer_state(
-            {name.removeprefix(OPTIMIZER): kept for name, kept in self._here.items() if name.startswith(OPTIMIZER)}
-        )
-        self._exchange = InProcessExchange(body, Cut(*self._here[CUT].tolist()))
-        pl_module.connect(self._exchange)
+        exchange = pl_module.line
+        if exchange is None:
+            assert pl_module.context.optimizer is not None
+            own = pl_module.state_dict()  # these weights are loaded already
+            here = {name: tensor for name, tensor in self._here.items() if name not in own}
+            self._half = self.new_body(pl_module, pl_module.context.optimizer, here, pl_module.device)
+            exchange = Exchange(self._half, Cut(*self._here[CUT].tolist()), self.alignment)
+        exchange.begin(self.frozen, 1.0 / trainer.accumulate_grad_batches)
+        pl_module.connect(exchange)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -105,11 +129,6 @@ class SplitFit(FederatedCallback):
 
     @override
     def on_client_end(self, client: Client, module: FederatedModule, update: Update) -> None:
-        if self._exchange is None:
-            return
-        body = self._exchange.body
-        update.here |= {name: tensor for name, tensor in body.state().items() if name in update.here}
-        if self.keep_optimizer:
-            update.here |= {OPTIMIZER + name: kept for name, kept in body.optimizer_state().items()}
-        update.here[BATCHES] = torch.tensor(self._exchange.batches)
-        update.here[TRAFFIC] = torch.tensor(list(vars(self._exchange.traffic).values()))
+        if self._half is not None:  # else the server has it
+            update.here |= self.left_of(self._half, update.here)
+            self._half = None

@@ -60,6 +60,7 @@ class SplitModule(FederatedModule):
             at_least(f"lr_factors.{part}", factor, 0)
         self.parts(self.cut_at(start))  # a wrong `start` or `end`, or a torn tensor, must show before anything runs
         self.exchange: Exchange | None = None
+        self.line: Exchange | None = None  # of a client that does not hold the body
         self._penalty: Tensor | None = None
 
     def cut_at(self, at: int) -> Cut:
@@ -92,6 +93,13 @@ class SplitModule(FederatedModule):
             return torch.zeros(1, image_size, dtype=torch.int64)
         return torch.zeros(1, in_channels, image_size, image_size)
 
+    def leave_out(self, cut: Cut) -> None:
+        """Give up the tensors of the body behind a client's cut, which the server holds."""
+        for block in list(self.blocks.values())[cut.at : cut.end]:
+            for part in block.modules():
+                for own in (part._parameters, part._buffers):
+                    own.update(dict.fromkeys(own))
+
     def connect(self, exchange: Exchange | None) -> None:
         """Attach the line to the server for a fit, or take it away."""
         self.exchange = exchange
@@ -107,15 +115,16 @@ class SplitModule(FederatedModule):
     @override
     def features(self, x: Tensor) -> Tensor:
         """Return the features; through the server while a line to it is attached."""
-        if self.exchange is None:
+        exchange = self.exchange or self.line
+        if exchange is None:
             return super().features(x)
-        blocks, cut = list(self.blocks.values()), self.exchange.cut
+        blocks, cut = list(self.blocks.values()), exchange.cut
         base = run(blocks[: cut.start], x)
         activation = run(blocks[cut.start : cut.at], base)
         if torch.is_grad_enabled() and self.training:
-            output, self._penalty = self.exchange.train(activation, base if self.exchange.aligns else None)
+            output, self._penalty = exchange.train(activation, base if exchange.aligns else None)
         else:
-            output = self.exchange.evaluate(activation)
+            output = exchange.evaluate(activation)
         return run(blocks[cut.end :], output)
 
     @override
@@ -124,11 +133,6 @@ class SplitModule(FederatedModule):
         loss = super().training_step(batch, batch_idx)
         penalty, self._penalty = self._penalty, None
         return loss if penalty is None else loss + penalty
-
-    @override
-    def on_after_backward(self) -> None:
-        if self.exchange is not None:
-            self.exchange.after_backward()
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

@@ -15,10 +15,9 @@ from fl_lightning.run.training import Federation
 from fl_lightning.sites.held import Store
 from tests.federations import assert_same, by_name, config, federation, outcome
 from tests.sites.federation import NAMES, at_sites, free_port, sites
-from tests.test_methods import METHODS, SPLIT
+from tests.test_methods import METHODS
 
 FAST = ("fedavg", "fedper", "scaffold", "fedftha", "ditto")
-NOT_SPLIT = [method for method in METHODS if method not in SPLIT]
 
 
 def finished(run: Federation, root: Path, folder: Path, *words: str) -> dict[str, Any]:
@@ -69,6 +68,6 @@ def test_bits_are_those_of_the_serial_simulation(method: str, tiny_root: Path, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [method for method in NOT_SPLIT if method not in FAST[1:2]])
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in FAST[1:2]])
 def test_every_method_has_the_bits_of_the_serial_simulation(method: str, tiny_root: Path, tmp_path: Path) -> None:
     compare(method, tiny_root, tmp_path)

@@ -452,12 +452,3 @@ def test_a_task_says_what_it_is() -> None:
     header, states = messages.task(sent)
     assert vars(messages.read_task(header, states)) == vars(sent)
     assert service.BEAT < service.POLL
-
-
-@pytest.mark.slow
-def test_a_method_that_hands_tensors_back_by_hand_says_so(tiny_root: Path, tmp_path: Path) -> None:
-    port = free_port()
-    words = ("method=splitfed", "loop.rounds=1")
-    refused = pytest.raises(RuntimeError, match="no way over a network")
-    with sites(port, tiny_root, tmp_path / "sites", ["ann"]), refused:
-        run_at_sites(tiny_root, tmp_path / "server", port, *words, number=1)

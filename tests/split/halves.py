@@ -13,7 +13,6 @@ from fl_lightning.module import FitContext
 from fl_lightning.split.alignment import Alignment
 from fl_lightning.split.body import ServerBody
 from fl_lightning.split.exchange import Exchange
-from fl_lightning.split.in_process import InProcessExchange
 from fl_lightning.split.module import SplitModule
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -85,9 +84,9 @@ def make_body(module: SplitModule, weight: float = 0.0, at: str = "server", opti
     return ServerBody(module, optimizer, alignment, **rest)
 
 
-def connect(module: SplitModule, body: ServerBody, at: int) -> InProcessExchange:
+def connect(module: SplitModule, body: ServerBody, at: int) -> Exchange:
     """Attach a client at a cut."""
-    exchange = InProcessExchange(body, module.cut_at(at))
+    exchange = Exchange(body, module.cut_at(at), body.alignment)
     module.connect(exchange)
     return exchange
 
@@ -98,7 +97,6 @@ def step(module: SplitModule, optimizer: torch.optim.Optimizer, batch: tuple[Ten
     loss = module.training_step(batch, 0)
     optimizer.zero_grad()
     loss.backward()
-    module.on_after_backward()
     optimizer.step()
     return module.context.losses[-1].item()
 

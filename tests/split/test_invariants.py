@@ -175,7 +175,7 @@ def test_client_at_the_first_cut_sends_no_base_and_aligns_nothing() -> None:
     assert not exchange.aligns
     module.training_step(batch_for("vit"), 0)
     assert module._penalty is None
-    assert exchange.traffic.activation_up == 3 * 5 * 16 * 4  # batch, tokens with the class token, width, float32
+    assert exchange.server.traffic.activation_up == 3 * 5 * 16 * 4  # batch, tokens with the class token, width, float32
 
 
 def test_client_that_trains_alone_leaves_the_blocks_below_its_cut_untouched() -> None:
@@ -220,7 +220,7 @@ def test_alignment_at_server_and_at_client_give_the_same_update() -> None:
         optimizer = module.configure_optimizers()
         for seed in range(2):
             step(module, optimizer, batch_for("vit", seed))
-        results.append((whole_state(module, body, exchange), exchange.traffic))
+        results.append((whole_state(module, body, exchange), exchange.server.traffic))
     (first, at_server), (second, at_client) = results
     assert all(torch.equal(first[name], second[name]) for name in first)
     top = 2 * 3 * 5 * 16 * 4
@@ -258,10 +258,10 @@ def test_bytes_of_a_batch_equal_the_formula(name: str, align_at: str | None) -> 
         exchange = connect(module, body, at)
         step(module, module.configure_optimizers(), (x, y))
         formula = batch_bytes(exchange.cut, profile, len(x), align_at)
-        assert vars(formula) == vars(exchange.traffic)
+        assert vars(formula) == vars(exchange.server.traffic)
         if align_at is None:
             a, e = (profile.blocks[place - 1].out_bytes * len(x) for place in (at, module.end))
-            assert exchange.traffic.up + exchange.traffic.down == 2 * (a + e)
+            assert exchange.server.traffic.up + exchange.server.traffic.down == 2 * (a + e)
 
 
 def test_clients_and_server_share_no_storage() -> None:

@@ -130,7 +130,7 @@ def test_body_is_one_copy_that_clients_train_in_turn(tiny_root: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["executor=processes", "executor.workers=1"], "executor=split, got ProcessExecutor"),
+        (["executor=processes", "executor.workers=1"], "executor=split or sites, got ProcessExecutor"),
         (["callbacks.server.in_turn=false"], "callbacks.server.in_turn=true, or executor=serial"),
         (["~module", "+module._target_=fl_lightning.module.FederatedModule"], "needs a SplitModule"),
         (["module.start=0"], "1 <= start"),

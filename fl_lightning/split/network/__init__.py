@@ -1,1 +1,0 @@
-"""Runs split learning over a network: the service and its clients."""

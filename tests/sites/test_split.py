@@ -1,0 +1,294 @@
+"""Split training at sites: the bits of one process, who holds what, and what goes wrong on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from fl_lightning.callback import FederatedCallback
+from fl_lightning.run.training import Federation
+from fl_lightning.sites.executor import SitesExecutor
+from fl_lightning.sites.frame import MessageError, decode_states, encode_states
+from fl_lightning.sites.held import Store
+from fl_lightning.sites.site import Site
+from fl_lightning.sites.turn import Turn
+from fl_lightning.split.body import ServerBody
+from fl_lightning.split.module import SplitModule
+from tests import simulated_device
+from tests.federations import assert_same, federation, outcome
+from tests.simulated_device import calls, in_a_process_of_its_own
+from tests.sites.federation import NAMES, at_sites
+from tests.split.halves import make_body, make_module
+
+#: What happens to a message to a site: return None to lose it, and with it the site's process.
+Fate = Callable[["Near", str, dict[str, Any]], Any]
+
+
+class Near:
+    """Brings requests to sites within this process, one after another, without a network; each may die at any of them.
+
+    It takes the place of a service that listens; see :class:`fl_lightning.sites.service.Host`.
+    """
+
+    def __init__(self, root: Path, folder: Path, names: Sequence[str] = NAMES, fate: Fate | None = None) -> None:
+        self.root, self.folder, self.names, self.fate = root, folder, list(names), fate
+        self.sites = {name: self.new(name) for name in self.names}
+        self.gone: set[str] = set()
+        self.asked: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
+
+    def new(self, name: str) -> Site:
+        data = ["data=folder", f"data.root={self.root / name}.npz"]
+        return Site(name, self.folder / name, data, trust=["tests"])
+
+    def gather(self) -> list[str]:
+        return self.names
+
+    def ask(self, site: str, request: bytes) -> Future[bytes]:
+        future: Future[bytes] = Future()
+        header, _ = decode_states(request)
+        if self.fate is not None:
+            self.fate(self, site, header)
+        if site not in self.gone:
+            answer = self.sites[site].answer(request)
+            self.asked.append((site, header, decode_states(answer)[0]))
+            future.set_result(answer)
+        return future
+
+    def silence(self, site: str) -> float:
+        return 100.0 if site in self.gone else 0.0
+
+    def release(self, site: str) -> None: ...
+    def withdraw(self, site: str) -> None: ...
+    def close(self) -> None: ...
+
+
+def run_near(root: Path, folder: Path, *words: str, fate: Fate | None = None) -> tuple[Federation, Near]:
+    """Run a tiny federation whose sites are in this process."""
+    near = Near(root, folder / "sites", fate=fate)
+    before = SitesExecutor.find_data
+
+    def find_data(executor: SitesExecutor, config: Any) -> Any:
+        executor.host = near
+        return before(executor, config)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SitesExecutor, "find_data", find_data)
+        run = at_sites(root, folder / "server", 1, "seed=3", *words)
+    run.fit()
+    return run, near
+
+
+def assert_bits(run: Federation, near: Near, serial: Federation) -> None:
+    """Compare shared and personal tensors, history, account and what the callbacks remember."""
+    found, expected = outcome(run), outcome(serial)
+    found.pop("executor")
+    clients = expected.pop("executor")["clients"]
+    assert_same(found, expected)
+    for number, name in enumerate(NAMES):
+        held = Store(near.folder / name / f"run_{run.loop.executor.run_id}").held  # type: ignore[attr-defined]
+        assert_same({"personal": held.personal, "memory": held.memory, "kept": held.kept}, clients[number])
+
+
+def kill(name: str, at: int) -> Fate:
+    """Let a site die when it is asked something for the n-th time in the midst of its work."""
+    asked = 0
+
+    def fate(near: Near, site: str, header: dict[str, Any]) -> None:
+        nonlocal asked
+        if site == name and header["kind"] == "exchange":
+            asked += 1
+            if asked == at:
+                near.sites[name] = near.new(name)
+
+    return fate
+
+
+def tensors_of(site: Site) -> int:
+    """Bytes of all tensors of a model that a site's process holds: its module's, and their initial values."""
+    held = [*site.local.module.parameters(), *site.local.module.buffers(), *site.local.initial.values()]
+    assert not any(tensor.is_meta for tensor in held)
+    return sum(tensor.nbytes for tensor in held)
+
+
+def test_a_site_holds_its_part_and_may_die_in_mid_turn(tiny_root: Path, tmp_path: Path) -> None:
+    """Two cuts and alignment; bob dies after his body has moved, and his turn is repeated from where it began."""
+    words = ("method=flexp_sfl", "module.end=0", "loop.rounds=1")
+    serial = federation(tiny_root, tmp_path / "serial", "seed=3", *words)
+    serial.fit()
+    run, near = run_near(tiny_root, tmp_path, *words, fate=kill("bob", 5))
+    assert_bits(run, near, serial)
+    module, server = run.module, run.loop.callbacks["server"]
+    assert isinstance(module, SplitModule)
+    for client in run.loop.clients:
+        held = set(module.parts(server.cuts[client.id]).client)
+        own = sum(tensor.nbytes for name, tensor in module.state_dict().items() if name in held)
+        assert tensors_of(near.sites[client.name]) == 2 * own
+        assert set(near.sites[client.name].local.module.state_dict()) == held
+    assert len({cut.at for cut in server.cuts.values()}) == 2
+    assert [answer["kind"] for site, _, answer in near.asked if site == "bob"].count("need") == 4  # setup, anew, turn
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sl", "splitfed", "pfsl"])
+def test_sites_start_from_a_trained_model(method: str, tiny_root: Path, tmp_path: Path) -> None:
+    federation(tiny_root, tmp_path / "first", "method=fedavg").fit()
+    words = (f"method={method}", "loop.rounds=1", f"init_from='{tmp_path / 'first'}'")
+    serial = federation(tiny_root, tmp_path / "serial", "seed=3", *words)
+    serial.fit()
+    run, near = run_near(tiny_root, tmp_path, *words)
+    assert_bits(run, near, serial)
+    fresh = federation(tiny_root, tmp_path / "fresh", "seed=3", *words[:2])
+    fresh.fit()
+    assert fresh.loop.history[0]["fit/train_loss"] != run.loop.history[0]["fit/train_loss"]
+
+
+class ReadsMetrics(FederatedCallback):
+    """Reads what only Lightning's own loop has, at the end of an epoch: the fit is run again there."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.seen = dict(trainer.callback_metrics)
+
+
+@pytest.mark.slow
+def test_a_fit_that_is_run_again_begins_with_the_same_body(tiny_root: Path, tmp_path: Path) -> None:
+    reads = "+callbacks.reads._target_=tests.sites.test_split.ReadsMetrics"
+    words = ("method=sl", "loop.rounds=1", reads)
+    serial = federation(tiny_root, tmp_path / "serial", "seed=3", *words, "local.engine=stock")
+    serial.fit()
+    run, near = run_near(tiny_root, tmp_path, *words)
+    assert_bits(run, near, serial)
+    begun = [answer for site, _, answer in near.asked if answer.get("batch") == 0]
+    assert len(begun) == len(NAMES) + 3  # each site learns once that the lean loop does not do
+
+
+@pytest.mark.slow
+def test_who_was_lost_in_mid_turn_is_missed_and_leaves_no_trace(tiny_root: Path, tmp_path: Path) -> None:
+    def fate(near: Near, site: str, header: dict[str, Any]) -> None:
+        forward = sum(name == "bob" and asked["kind"] == "exchange" for name, asked, _ in near.asked)
+        if site == "bob" and forward >= 3:
+            near.gone.add("bob")
+
+    skip = ("loop.on_client_error=skip", "method=sl", "callbacks.pooled=null", "evaluation.every=100")
+    run, _ = run_near(tiny_root, tmp_path, *skip, "executor.on_missing=skip", fate=fate)
+    alone = federation(tiny_root, tmp_path / "alone", "seed=3", *skip, "data.unseen_clients=[bob]")
+    alone.fit()
+    assert_same(run.loop.state, alone.loop.state)
+    assert run.loop.callbacks["server"].results(run.loop)["split"]["missed_rounds"] == {"bob": [0, 1]}  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match=r"bob has not been heard of for 50 s \(executor.give_up_after\); start"):
+        run_near(tiny_root, tmp_path / "waits", "method=sl", "executor.give_up_after=50", fate=fate)
+
+
+@pytest.mark.slow
+def test_who_comes_late_joins_the_running_round(tiny_root: Path, tmp_path: Path) -> None:
+    came: list[str] = []
+
+    def fate(near: Near, site: str, header: dict[str, Any]) -> None:
+        if header["kind"] == "fit":
+            if not came and site == "ann":
+                near.gone.add("ann")
+            if site == "cid":
+                near.gone.discard("ann")
+            came.append(site)
+
+    skip = ("loop.on_client_error=skip", "method=sl", "loop.rounds=1", "executor.on_missing=skip")
+    run, near = run_near(tiny_root, tmp_path, *skip, "callbacks.pooled=null", fate=fate)
+    assert [site for site, _, answer in near.asked if answer.get("batch") == 0] == ["bob", "cid", "ann"]
+    assert run.loop.callbacks["server"].missed == {}  # type: ignore[attr-defined]
+
+
+def new_turn(device: str = "cpu") -> Turn:
+    """The server's half of a small vision transformer, cut in its middle."""
+    module = make_module("vit")
+
+    def new_body() -> ServerBody:
+        body = make_body(module, weight=0.25, guarded=True)
+        body.blocks.to(device)
+        return body
+
+    return Turn(new_body, module.cut_at(2), [torch.Size([5, 16])] * len(module.blocks))
+
+
+FINE = torch.zeros(2, 5, 16)
+FORWARD = {"what": "forward", "batch": 0, "reach": "front"}
+
+
+@pytest.mark.parametrize(
+    ("header", "sent", "words"),
+    [
+        ({"what": "format the disk"}, {}, "may ask for forward, backward, evaluate in the midst"),
+        (FORWARD, {"labels": FINE}, "may hold activation, base, got labels"),
+        ({"what": "forward", "batch": 0, "reach": "all"}, {"activation": FINE}, "`reach` of a message must be one of"),
+        ({"what": "forward", "batch": 1, "reach": "front"}, {"activation": FINE}, "batch 0 of its turn must be next"),
+        ({"what": "forward", "batch": -1, "reach": "front"}, {"activation": FINE}, "must be a whole number"),
+        (FORWARD, {}, "`activation` must be of shape .N, 5, 16., got none"),
+        (FORWARD, {"activation": torch.zeros(())}, "got ..$"),
+        (FORWARD, {"activation": FINE[:0]}, "got .0, 5, 16."),
+        (FORWARD, {"activation": FINE[..., 1:]}, "got .2, 5, 15."),
+        (FORWARD, {"activation": FINE.long()}, "got torch.int64"),
+        (FORWARD, {"activation": FINE + torch.nan}, "holds NaN"),
+        (FORWARD, {"activation": FINE, "base": FINE[:1]}, "have 2 examples"),
+        ({"what": "backward"}, {"gradient": FINE}, "must follow an activation"),
+        ({"what": "evaluate"}, {}, "`activation` must be of shape"),
+    ],
+)  # fmt: skip
+def test_what_does_not_belong_to_a_turn_is_refused(header: Any, sent: dict[str, Tensor], words: str) -> None:
+    turn = new_turn()
+    with pytest.raises(MessageError, match=words):
+        turn.answer(header, sent)
+
+
+def test_a_gradient_that_would_spoil_the_body_is_refused() -> None:
+    turn = new_turn()
+    before = turn.body.state()
+    for scale, gradient, words in (
+        (1.0, FINE[:1], r"must be torch.float32 \(2, 5, 16\), got torch.float32 \(1, 5, 16\)"),
+        (1.0, FINE.double(), "got torch.float64"),
+        (1.0, FINE + torch.inf, "its gradient holds NaN or an infinity"),
+        (1.0, FINE + 3e38, "would move the body to NaN or an infinity"),
+        (0.0, FINE, "`scale` of a message must be a number above 0"),
+    ):
+        output = turn.answer(FORWARD, {"activation": torch.randn(2, 5, 16)})["output"]
+        assert output.shape == FINE.shape
+        with pytest.raises(MessageError, match=words):
+            turn.answer({"what": "backward", "scale": scale}, {"gradient": gradient})
+        assert_same(turn.body.state(), before)
+    turn.answer(FORWARD, {"activation": torch.randn(2, 5, 16)})
+    down = turn.answer({"what": "backward", "scale": 1.0}, {"gradient": torch.ones(2, 5, 16)})["gradient"]
+    assert down.shape == FINE.shape
+    assert not torch.equal(turn.body.state()["backbone.blocks.1.attn.qkv.weight"], before["backbone.blocks.1.attn.qkv.weight"])  # fmt: skip  # noqa: E501
+
+
+def test_the_server_computes_where_its_body_is() -> None:
+    assert new_turn("meta").answer(FORWARD, {"activation": FINE})["output"].is_meta
+
+
+def test_a_site_without_work_wants_the_turn_from_its_beginning(tiny_root: Path, tmp_path: Path) -> None:
+    site = Site("ann", tmp_path, ["data=folder", f"data.root={tiny_root / 'ann.npz'}"])
+    answer, _ = decode_states(site.answer(encode_states({"kind": "exchange", "ticket": "x"}, {})))
+    assert answer == {"kind": "need", "what": ["turn"]}
+
+
+def on_the_device(root: Path, folder: Path) -> None:
+    simulated_device.install()
+    words = ("method=flexp_sfl", "module.end=0", "loop.rounds=1")
+    serial = federation(root, folder / "serial", "seed=3", *words)
+    serial.fit()
+    assert not calls
+    run, near = run_near(root, folder, *words, f"trainer.accelerator={simulated_device.NAME}")
+    assert run.loop.local.device.type == simulated_device.NAME
+    assert calls["aten::convolution"] > 10
+    assert near.sites["ann"].local.device.type == "cpu"
+    assert_bits(run, near, serial)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not simulated_device.is_possible(), reason=f"torch {torch.__version__} has no backends in Python")
+def test_the_server_computes_on_the_trainers_device(tiny_root: Path, tmp_path: Path) -> None:
+    in_a_process_of_its_own(on_the_device, tiny_root, tmp_path)
