@@ -119,7 +119,7 @@ def tensors_of(site: Site) -> int:
 
 def test_a_site_holds_its_part_and_may_die_in_mid_turn(tiny_root: Path, tmp_path: Path) -> None:
     """Two cuts and alignment; bob dies after his body has moved, and his turn is repeated from where it began."""
-    words = ("method=flexp_sfl", "module.end=0", "loop.rounds=1")
+    words = ("method=flexp_sfl", "split_policy=fixed", "module.end=0", "loop.rounds=1")
     serial = federation(tiny_root, tmp_path / "serial", "seed=3", *words)
     serial.fit()
     run, near = run_near(tiny_root, tmp_path, *words, fate=kill("bob", 5))
@@ -277,7 +277,7 @@ def test_a_site_without_work_wants_the_turn_from_its_beginning(tiny_root: Path, 
 
 def on_the_device(root: Path, folder: Path) -> None:
     simulated_device.install()
-    words = ("method=flexp_sfl", "module.end=0", "loop.rounds=1")
+    words = ("method=flexp_sfl", "split_policy=fixed", "module.end=0", "loop.rounds=1")
     serial = federation(root, folder / "serial", "seed=3", *words)
     serial.fit()
     assert not calls
