@@ -14,6 +14,7 @@ from fl_lightning.aggregators import Aggregator, Weights
 from fl_lightning.checks import at_least, whole
 from fl_lightning.client import ClientInfo, Update
 from fl_lightning.models.model import Model
+from fl_lightning.models.prompts import inserted
 from fl_lightning.module import Batch, FederatedModule
 from fl_lightning.state import RunningMean, State
 
@@ -54,21 +55,8 @@ class PromptedTransformer(FederatedModule):
     def personal_forward(self, x: Tensor) -> Tensor:
         backbone, prompt = self.backbone, self.prompt.get_parameter("tokens")
         assert isinstance(backbone, VisionTransformer)
-        first, last = backbone.num_prefix_tokens, backbone.num_prefix_tokens + len(prompt)
-
-        def insert(_: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-            [z] = inputs
-            return torch.cat([z[:, :first], prompt.to(z.dtype).expand(len(z), -1, -1), z[:, first:]], dim=1)
-
-        def take_out(_: nn.Module, inputs: tuple[Tensor, ...], z: Tensor) -> Tensor:
-            return torch.cat([z[:, :first], z[:, last:]], dim=1)
-
-        hooks = [backbone.blocks.register_forward_pre_hook(insert), backbone.blocks.register_forward_hook(take_out)]
-        try:
+        with inserted(backbone, prompt):
             logits: Tensor = self(x)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return logits
 
     @override

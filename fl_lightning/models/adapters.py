@@ -9,11 +9,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fl_lightning.checks import ArgumentError, above, one_of, whole, within
+from fl_lightning.models.hf import TransformersBackbone
 from fl_lightning.models.model import Model
 from fl_lightning.state import State
 
@@ -77,7 +79,7 @@ class Adapters:
             ImportError: If peft is not installed.
             ArgumentError: If a target fits no layer, or the rank exceeds a side of a layer's weight.
         """
-        peft = _peft()
+        peft = need_peft()
         chosen = self.layers(backbone)
         config = peft.LoraConfig(
             r=self.rank,
@@ -95,7 +97,7 @@ class Adapters:
 
     def check(self, backbone: nn.Module) -> None:
         """Check what can be checked before :meth:`inject`, which raises the same."""
-        _peft()
+        need_peft()
         if any(".base_layer." in name for name, _ in backbone.named_parameters()):
             raise ValueError("adapters of a fit need a model without adapters of its own; leave out model.adapters")
         self.layers(backbone)
@@ -220,15 +222,21 @@ def with_adapters(module: nn.Module, state: Mapping[str, Tensor]) -> State:
     A state that has adapters already, and one for a module without any, come back as they are.
     """
     own = module.state_dict()
-    if not any(".base_layer." in name for name in own) or any(".base_layer." in name for name in state):
+    added = [name for name in own if ".lora_" in name or name == "backbone.prompt"]
+    if not added or any(name in state for name in added):
         return dict(state)
     names = {name.replace(".base_layer.", "."): name for name in own}
     found = {names.get(name, name): tensor for name, tensor in state.items()}
-    return found | {name: own[name] for name in own if ".lora_" in name and name.startswith(("backbone.", "head."))}
+    return found | {name: own[name] for name in added if name.startswith(("backbone.", "head."))}
+
+
+def without_prompt(name: str, tensor: Tensor) -> Tensor:
+    """Return a copy of a backbone's tensor; of a prompt, zeros, which are none."""
+    return torch.zeros_like(tensor) if name == "prompt" else tensor.detach().clone()
 
 
 def save_peft(folder: Path, module: nn.Module, state: Mapping[str, Tensor], head_path: str) -> bool:
-    """Write adapters and head as a folder that ``peft.PeftModel.from_pretrained(plain_model, folder)`` reads.
+    """Write adapters or a prompt, and the head, for ``peft.PeftModel.from_pretrained(plain_model, folder)``.
 
     Args:
         folder: Made if it is not there.
@@ -238,8 +246,10 @@ def save_peft(folder: Path, module: nn.Module, state: Mapping[str, Tensor], head
 
     Returns:
         Whether it was written: not for a model without adapters, nor where the folder could not say all that was
-        trained (BatchNorm's statistics, DoRA's lengths).
+        trained (BatchNorm's statistics, DoRA's lengths, prompts for images).
     """
+    if "backbone.prompt" in state:
+        return _save_prompt(folder, module, state, head_path)
     layers = [layer for layer in adapted_layers(module) if layer.name.startswith("backbone.")]
     told = {name for layer in layers for name in (layer.a, layer.b)}
     named = {name for name, _ in module.named_parameters() if name in state and name.startswith(("backbone.", "head."))}
@@ -255,12 +265,41 @@ def save_peft(folder: Path, module: nn.Module, state: Mapping[str, Tensor], head
         tensors[f"{prefix}{plain[layer.name]}.lora_A.weight"] = state[layer.a]
         tensors[f"{prefix}{plain[layer.name]}.lora_B.weight"] = state[layer.b]
     rank = state[layers[0].a].shape[0]
-    config = _peft().LoraConfig(
+    config = need_peft().LoraConfig(
         r=rank,
         lora_alpha=layers[0].scale * rank,
         target_modules=sorted(plain.values()),
         modules_to_save=[head_path] if head else None,
         fan_in_fan_out=layers[0].transposed,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    return True
+
+
+def _save_prompt(folder: Path, module: nn.Module, state: Mapping[str, Tensor], head_path: str) -> bool:
+    """Write a prompt and what trained of the head; not for images, for which peft has no prompts."""
+    backbone: Any = module.get_submodule("backbone")
+    if not isinstance(backbone, TransformersBackbone):
+        return False
+    tensors: State = {"prompt_embeddings": state["backbone.prompt"]}
+    if backbone.kind == "sequence":
+        tensors |= {
+            f"base_model.{head_path}.{name.removeprefix('head.')}": tensor
+            for name, tensor in state.items()
+            if name.startswith("head.")
+        }
+    tokens, width = tensors["prompt_embeddings"].shape
+    known = backbone.config
+    config = need_peft().PromptTuningConfig(
+        task_type="SEQ_CLS" if backbone.kind == "sequence" else "CAUSAL_LM",
+        num_virtual_tokens=tokens,
+        token_dim=width,
+        num_transformer_submodules=1,
+        num_attention_heads=known.num_attention_heads,
+        num_layers=known.num_hidden_layers,
+        modules_to_save=[head_path] if backbone.kind == "sequence" else None,
     )
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
@@ -314,7 +353,12 @@ def _is_transposed(part: nn.Module) -> bool:
     return type(part).__name__ == "Conv1D" and type(part).__module__.startswith("transformers.")
 
 
-def _peft() -> Any:
+def need_peft() -> Any:
+    """Return the library.
+
+    Raises:
+        ImportError: If it is not installed, with the extra to install.
+    """
     try:
         import peft
     except ImportError as error:

@@ -50,6 +50,16 @@ class TransformersBackbone(nn.Module):
         super().train(mode)
         return self
 
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self.__dict__["_model"].config
+
+    @property
+    def embeddings(self) -> Any:
+        """The layer that turns tokens into vectors."""
+        return self.__dict__["_model"].get_input_embeddings()
+
     def forward(self, x: Tensor) -> Tensor:
         """Return features ``(N, D)`` of images ``(N, C, H, W)`` or tokens ``(N, T)``; ``(N, T, D)`` where causal."""
         model: Any = self.__dict__["_model"]
@@ -65,7 +75,15 @@ class TransformersBackbone(nn.Module):
         if mask is not None and self.kind == "sequence":
             mask[:, 0] = 1
         more = {"use_cache": False} if self.kind == "causal" else {}
-        return _tensor(model(input_ids=x, attention_mask=mask, **more).logits)
+        prompt = self._parameters.get("prompt")
+        if prompt is None or not bool(prompt.any()):
+            return _tensor(model(input_ids=x, attention_mask=mask, **more).logits)
+        words = self.embeddings(x)
+        if mask is not None:
+            mask = torch.cat([mask.new_ones(len(x), len(prompt)), mask], dim=1)
+        found = torch.cat([prompt.to(words.dtype).expand(len(x), -1, -1), words], dim=1)
+        out = _tensor(model(inputs_embeds=found, attention_mask=mask, **more).logits)
+        return out[:, len(prompt) :] if self.kind == "causal" else out
 
 
 def _tensor(value: Any) -> Tensor:
@@ -87,7 +105,7 @@ def kind_of(folder: str | Path) -> tuple[Kind | None, int]:
     from transformers.models.auto import modeling_auto
 
     known = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    names = {
+    names: dict[str, Any] = {
         "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         "sequence": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
         "image": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,

@@ -20,7 +20,7 @@ from fl_lightning.client import Broadcast, Client, Update
 from fl_lightning.evaluation.summary import mean, present
 from fl_lightning.executors.executor import Executor
 from fl_lightning.executors.serial import SerialExecutor
-from fl_lightning.models.adapters import merged
+from fl_lightning.models.adapters import merged, save_peft, without_prompt
 from fl_lightning.models.export import export_state_dict
 from fl_lightning.module import FederatedModule
 from fl_lightning.personalization.epoch_models import models_of
@@ -105,7 +105,7 @@ def _run(
         strategy.choose_epoch(infos)
         strategy.check_clients(infos)
         strategy.send_models(config["curves"]["every"])
-        strategy.prepare(source.module, config["seed"])
+        strategy.prepare(strategy.of(source, config["seed"]).module, config["seed"])
     logger = instantiate(config["logger"] or None, "logger", save_dir=str(folder))
     if isinstance(executor, SerialExecutor):
         # Workers have memory of their own; here all clients share one pool.
@@ -213,12 +213,8 @@ def personalize(
     Returns:
         One outcome for each strategy, client and seed.
     """
-    module = source.module
-    start = snapshot(module.state_dict())
-    # What nobody trains is at every client already.
-    base = {name: start[name] for name in module.base_names}
-    sent = {name: tensor for name, tensor in start.items() if name not in base}
-    metrics = ModelMetrics(scoring.makers, snapshot(module.backbone.state_dict()), scoring.task)
+    start = snapshot(source.module.state_dict())
+    metrics = ModelMetrics(scoring.makers, snapshot(source.module.backbone.state_dict()), scoring.task)
     numbers = range(config["seeds"])
     infos = measurement.clients
     outcomes = []
@@ -240,21 +236,26 @@ def personalize(
             with strategy.run.open() as models:
                 models.measured_by(metrics)
                 for outcome, state in _models_of_run(strategy, models, measurement):
-                    # One model for all seeds.
-                    whole = merged(models.module, state) if config["save_models"] else {}
-                    for number in todo:
+                    for number in todo:  # one model for all seeds
                         done.setdefault(number, []).append(replace(outcome, number=number))
-                        if whole:
-                            exported = export_state_dict(whole, models.module.head_path)
-                            _save(folder, strategy, done[number][-1], exported)
+                        if config["save_models"]:
+                            _save(folder, strategy, done[number][-1], models.module, state)
                     shown.update(len(todo))
             for number in todo:
                 kept.save(done[number])
         elif todo:
-            load(module, start)
+            load(source.module, start)
+            own = strategy.of(source, config["seed"])
+            module = own.module
             strategy.prepare(module, config["seed"])
             strategy.local.metrics = metrics
-            executor.recipe = recipe(strategy, source, scoring, config)
+            if own is not source:
+                before = {name: without_prompt(name, t) for name, t in module.backbone.state_dict().items()}
+                strategy.local.metrics = ModelMetrics(scoring.makers, before, scoring.task)
+            # What nobody trains is at every client already.
+            base = {name: tensor for name, tensor in module.state_dict().items() if name in module.base_names}
+            sent = snapshot({name: tensor for name, tensor in module.state_dict().items() if name not in base})
+            executor.recipe = recipe(strategy, own, scoring, config)
             try:
                 executor.setup(strategy.local, clients)
                 starts = {n: sent if strategy.start == "global" else _fresh_weights(source, config, n) for n in todo}
@@ -263,8 +264,7 @@ def personalize(
                         owner = infos[outcome.client].name
                         log.warning("%s, client %s: its model has diverged", strategy.name, owner)
                     if config["save_models"]:
-                        whole = merged(module, {**base, **state})
-                        _save(folder, strategy, outcome, export_state_dict(whole, module.head_path))
+                        _save(folder, strategy, outcome, module, {**base, **state})
                     done.setdefault(outcome.number, []).append(outcome)
                     if len(done[outcome.number]) == len(infos):
                         kept.save(done[outcome.number])
@@ -277,13 +277,15 @@ def personalize(
         log.info("%s: local %s %.3f, %.1f s", strategy.name, scoring.metric, at_home, seconds)
         outcomes += ended
     shown.close()
-    load(module, start)
+    load(source.module, start)
     return outcomes
 
 
-def _save(folder: Path, strategy: Strategy, outcome: Outcome, state: State) -> None:
-    name = f"seed_{outcome.number}/client_{outcome.client}.pt"
-    files.save(folder / "models" / file_name(strategy.name) / name, state)
+def _save(folder: Path, strategy: Strategy, outcome: Outcome, module: FederatedModule, state: State) -> None:
+    """Keep a client's model: all tensors as the plain model has them, and adapters or prompts for peft."""
+    path = folder / "models" / file_name(strategy.name) / f"seed_{outcome.number}/client_{outcome.client}.pt"
+    files.save(path, export_state_dict(merged(module, state), module.head_path))
+    save_peft(path.with_suffix(""), module, state, module.head_path)
 
 
 def recipe(strategy: Strategy, source: Source, scoring: Scoring, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fl_lightning.adapted import AdaptedModule
+from fl_lightning.checks import ArgumentError
 from fl_lightning.data.federated_data import FederatedData
 from fl_lightning.data.partition import Partition
 from fl_lightning.executors import Executor, SerialExecutor
 from fl_lightning.models import hf
 from fl_lightning.models.adapters import with_adapters
 from fl_lightning.models.export import HEAD, read_global_model
+from fl_lightning.models.model import Model
 from fl_lightning.module import FederatedModule
 from fl_lightning.personalization.run_models import AT_SITES as AT_SITES_EXECUTOR
 from fl_lightning.personalization.run_models import RunModels, keeps_personal_models
 from fl_lightning.run.config import instantiate
 from fl_lightning.run.folder import RunFolder
 from fl_lightning.run.own_module import takes_no_model
-from fl_lightning.run.training import build_module
+from fl_lightning.run.training import adapters, build_module
 from fl_lightning.run.trust import check_trusted
 from fl_lightning.seeding import derive_seed
 from fl_lightning.state import all_finite, difference, load
@@ -61,6 +65,32 @@ class Source:
     parts: dict[str, Any] = field(default_factory=dict)
     runs: list[RunModels] = field(default_factory=list)
     start: str = ""
+
+    def adapted(self, wanted: Mapping[str, Any], path: str, seed: int) -> Source:
+        """Return the same with adapters beside the model, which shares its weights with this one.
+
+        Args:
+            wanted: As in ``model.adapters``.
+            path: Where that stands in the configuration.
+            seed: What adapters begin with follows from it.
+
+        Raises:
+            ValueError: If the model has adapters already, or cannot have these.
+        """
+        if self.module.base_names:
+            raise ValueError(f"{path} needs a model without adapters of its own; leave this strategy out")
+        memo: dict[int, Any] = {
+            id(one): nn.Parameter(one.detach(), requires_grad=one.requires_grad) for one in self.module.parameters()
+        }
+        module = copy.deepcopy(self.module, memo)
+        module._base = None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, "adapters", path))
+            try:
+                adapters(wanted, path).adapt(Model(module.backbone, module.head, module.head_path))
+            except ArgumentError as error:
+                raise ArgumentError(f"{path}.{str(error).removeprefix(f'{path}.')}") from None
+        return replace(self, module=module, model_config={**self.model_config, "adapters": dict(wanted)})
 
 
 @dataclass
@@ -294,7 +324,8 @@ def _from_transformers(
     if config["new_head"]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config["seed"], "new head"))
-            module.head.reset_parameters()
+            head: Any = module.head
+            head.reset_parameters()
     description = {"checkpoint": checkpoint, "kind": "folder of transformers"}
     return Source(module, data, model, description, None, {"task": config.get("task")})
 

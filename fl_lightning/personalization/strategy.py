@@ -24,7 +24,7 @@ from fl_lightning.fit.local import FitPlan, LocalTraining
 from fl_lightning.module import FederatedModule
 from fl_lightning.personalization.epoch_models import EpochModels
 from fl_lightning.personalization.run_models import RunModels
-from fl_lightning.personalization.source import Training
+from fl_lightning.personalization.source import Source, Training
 from fl_lightning.run.config import instantiate, instantiate_dict, plain
 from fl_lightning.run.training import build_local
 from fl_lightning.sharing import Sharing
@@ -32,7 +32,7 @@ from fl_lightning.sharing import Sharing
 SETTINGS = ("epochs", "batch_size", "trainer", "optimizer", "scheduler", "local", "callbacks", "flooding")
 """What every strategy has: as the root of the configuration says, or as the strategy's own node does."""
 
-OWN = ("train", "start", "fits_in_turn", "best_epoch")
+OWN = ("train", "start", "fits_in_turn", "best_epoch", "adapters")
 STARTS = ("global", "random")
 
 
@@ -50,6 +50,7 @@ class Strategy:
         local: What runs a client's fit, and measures models where its data are.
         callbacks: Act within the fit.
         settings: Its whole node of the configuration; empty where nothing is trained.
+        adapters: What trains beside the model in its place, as in ``model.adapters``; None: the model.
         parts: The nodes of what runs a fit and of the callbacks, from which they can be made anew elsewhere.
         run: The run of ``train.py`` whose personal models these are; None: they are made here.
     """
@@ -64,11 +65,22 @@ class Strategy:
     settings: dict[str, Any]
     parts: dict[str, Any] = field(default_factory=dict)
     run: RunModels | None = None
+    adapters: dict[str, Any] | None = None
 
     @property
     def personal(self) -> bool:
         """Whether each client has a model of its own."""
         return self.train or self.run is not None
+
+    def of(self, source: Source, seed: int) -> Source:
+        """Return what is personalized, with this strategy's adapters beside the model.
+
+        Raises:
+            ValueError: If the model cannot have them.
+        """
+        if self.adapters is None:
+            return source
+        return source.adapted(self.adapters, f"personalization.{self.base}.adapters", seed)
 
     def prepare(self, module: FederatedModule, seed: int) -> None:
         """Set the module up for this strategy, and check what can be checked before any training.
@@ -268,6 +280,8 @@ def extends(own: Mapping[str, Any], common: Mapping[str, Any]) -> bool:
 
 
 def _build(name: str, values: dict[str, Any], node: Mapping[str, Any]) -> Strategy:
+    if node.get("adapters") is not None and node["start"] == "random":
+        raise ValueError(f"personalization.{name}.adapters must be null where start is random")
     label = name + "".join(f" {key.rpartition('.')[2]}={value}" for key, value in values.items())
     path = f"personalization.{name}"
     one_of(f"{path}.start", node["start"], STARTS)
@@ -293,6 +307,7 @@ def _build(name: str, values: dict[str, Any], node: Mapping[str, Any]) -> Strate
         callbacks=callbacks,
         settings=dict(node),
         parts={**parts, "callbacks": nodes},
+        adapters=node.get("adapters"),
     )
 
 

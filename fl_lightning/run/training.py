@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from hydra.utils import get_object
@@ -45,6 +45,9 @@ from fl_lightning.run.own_module import adapted, arguments_of, check_adapted, ta
 from fl_lightning.run.results import finish, result_table
 from fl_lightning.seeding import derive_seed
 from fl_lightning.task import Classification, Task, described, guess
+
+if TYPE_CHECKING:
+    from fl_lightning.models.prompts import Prompt
 
 log = logging.getLogger(__name__)
 
@@ -307,15 +310,16 @@ def new_module(
     return module
 
 
-def adapters(wanted: Any) -> Adapters:
-    """Return what ``model.adapters`` asks for.
+def adapters(wanted: Any, path: str = "model.adapters") -> Adapters | Prompt:
+    """Return what ``model.adapters``, or another node like it, asks for.
 
     Raises:
         ValueError: If it is no mapping, or has a wrong argument, by its key.
     """
     if not isinstance(wanted, Mapping):
-        raise ValueError(f"model.adapters must be null or a mapping such as {{rank: 4, alpha: 8}}, got {wanted!r}")
-    made: Adapters = instantiate({"_target_": f"{Adapters.__module__}.Adapters", **wanted}, "model.adapters")
+        raise ValueError(f"{path} must be null or a mapping such as {{rank: 4, alpha: 8}}, got {wanted!r}")
+    kind = "fl_lightning.models.prompts.Prompt" if "prompt" in wanted else f"{Adapters.__module__}.Adapters"
+    made: Adapters | Prompt = instantiate({"_target_": kind, **wanted}, path)
     return made
 
 

@@ -61,8 +61,8 @@ def test_of_the_bundled_transformer_the_attention_alone_is_adapted() -> None:
     module = FederatedModule(
         instantiate(OmegaConf.load(CONF / "model/vit_tiny.yaml"), num_classes=10, in_channels=3, image_size=32)
     )
-    node: Any = OmegaConf.load(CONF / "personalization/lora_ft.yaml")
-    lora = instantiate(node.lora_ft.callbacks.lora)
+    node: Any = OmegaConf.load(CONF / "personalization/lora_soup_ft.yaml")
+    lora = instantiate(node.lora_soup_ft.callbacks.lora)
     trainer: Any = None
     lora.setup(trainer, module, "fit")
     kind = peft.tuners.tuners_utils.BaseTunerLayer

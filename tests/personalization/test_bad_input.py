@@ -49,8 +49,8 @@ def copy(trained: Path, tmp_path: Path) -> Path:
         (["personalization=[ft]", "batch_norm=eval"], "one of train, frozen_stats, frozen"),
         (["personalization=[ft]", "flooding.level=-1"], "flooding.level must be at least 0"),
         (
-            ["personalization=[lora_ft]", "personalization.lora_ft.callbacks.lora.targets=attention"],
-            "lora_ft: callbacks.lora.targets must fit a layer .* got attention",
+            ["personalization=[lora_ft]", "personalization.lora_ft.adapters.targets=attention"],
+            "personalization.lora_ft.adapters.targets must fit a layer .* got attention",
         ),
         (["personalization=[ft]", "+personalization.ft.callback.x=1"], "did you mean callbacks"),
         (["personalization=[ft]", "+personalization.ft.start=zero"], "start must be one of global, random"),
@@ -63,7 +63,7 @@ def copy(trained: Path, tmp_path: Path) -> Path:
         (["personalization=[ft]", "grid={lr: []}"], r"^grid: expected a list of values for lr, .*, got \[\]$"),
         (["personalization=[ft]", "grid=[lr]"], r"^grid: expected keys with lists of values, .*, got \['lr'\]$"),
         (["personalization=[ft]", "+optimizer.momentun=1"], "did you mean momentum"),
-        (["checkpoint=no_such_thing"], "neither a run folder .* nor a file, nor the name of a timm model"),
+        (["checkpoint=no_such_thing"], "neither a run folder .* nor a file, nor a folder of .* name of a timm model"),
         (["checkpoint=resnet10t"], "a model of timm, without clients; add data="),
     ],
 )
