@@ -43,7 +43,7 @@ class Plan:
         left_out: In words, sizes that cannot be had.
     """
 
-    newcomers: list[Client]
+    newcomers: list[ClientData]
     sizes: list[int | None]
     draws: int
     left_out: str = ""
@@ -59,12 +59,12 @@ class Plan:
         for size in wanted:
             whole("newcomers.examples", size, LEAST, or_null=True)
         whole("newcomers.draws", given["draws"], 1)
-        newcomers = [Client(data.id, data) for data in unseen] if wanted else []
+        newcomers = list(unseen) if wanted else []
         counted = sorted({size for size in wanted if size is not None})
-        least = min((_labelled(client) for client in newcomers), default=0)
+        least = min((_labelled(data) for data in newcomers), default=0)
         sizes: list[int | None] = [size for size in counted if size < least]
         reason = f"the smallest of them has {least} examples"
-        if any(not hasattr(client.data, "with_part") for client in newcomers):
+        if any(not hasattr(data, "with_part") for data in newcomers):
             sizes, reason = [], "data modules of one's own cannot be cut"
         left = [str(size) for size in counted if size not in sizes]
         sizes += [None] if None in wanted or not sizes else []
@@ -86,38 +86,37 @@ class Plan:
         Args:
             seed: Of the draws.
         """
-        first = 1 + max((client.id for client in self.newcomers), default=0)
+        first = 1 + max((data.id for data in self.newcomers), default=0)
         made = []
         for number, (size, draw, index) in enumerate(self.places()):
-            newcomer = self.newcomers[index]
-            data = newcomer.data
+            data = self.newcomers[index]
             if size is not None:
-                numbers = _numbers(newcomer, size)
-                data = data.with_part(*numbers, derive_seed(seed, "examples of a newcomer", draw, newcomer.id))
+                numbers = _numbers(data, size)
+                data = data.with_part(*numbers, derive_seed(seed, "examples of a newcomer", draw, data.id))
             made.append(Client(first + number, data))
         return made
 
     def numbers(self) -> list[float]:
         """Return the sizes as numbers: of all examples, the mean over newcomers."""
-        every = mean([float(_labelled(client)) for client in self.newcomers])
+        every = mean([float(_labelled(data)) for data in self.newcomers])
         return [every if size is None else float(size) for size in self.sizes]
 
     def words(self, size: int | None) -> str:
         """Return a size as a column's head."""
         if size is not None:
             return str(size)
-        counts = sorted(_labelled(client) for client in self.newcomers)
+        counts = sorted(_labelled(data) for data in self.newcomers)
         return f"all ({counts[0]})" if counts[0] == counts[-1] else f"all ({counts[0]} to {counts[-1]})"
 
 
-def _labelled(client: Client) -> int:
-    return client.data.num_train + client.data.num_val
+def _labelled(data: ClientData) -> int:
+    return data.num_train + data.num_val
 
 
-def _numbers(client: Client, size: int) -> tuple[int, int]:
+def _numbers(data: ClientData, size: int) -> tuple[int, int]:
     """Return how many of some examples are for training and how many for validation: in the client's own proportion."""
-    share = client.data.num_val / _labelled(client)
-    validation = min(max(1, round(size * share)), size - MIN_TRAIN) if client.data.num_val else 0
+    share = data.num_val / _labelled(data)
+    validation = min(max(1, round(size * share)), size - MIN_TRAIN) if data.num_val else 0
     return size - validation, validation
 
 

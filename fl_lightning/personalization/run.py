@@ -149,7 +149,7 @@ def _try_newcomers(
     kept = KeptOutcomes(place / "outcomes", snapshot(source.module.state_dict()), scoring.names)
     log.info("clients that never took part: %s", ", ".join(one.name for one in plan.newcomers))
     outcomes = personalize(source, clients, strategies, scoring, measurement, executor, own, place, kept)
-    infos = [client.describe() for client in plan.newcomers]
+    infos = [Client(data.id, data).describe() for data in plan.newcomers]
     return arrivals(plan, by_strategy(outcomes), infos, scoring, config["seed"])
 
 
