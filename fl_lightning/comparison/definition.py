@@ -85,8 +85,14 @@ class Comparison:
         return merged
 
     def configuration(self, run: str, overrides: Sequence[str] = (), seed: int = 1) -> DictConfig:
-        """Compose what ``train.py`` would be given for one run."""
-        given = [*self.common, *self.runs[run], *overrides, f"seed={seed}"]
+        """Compose what ``train.py`` would be given for one run.
+
+        Another model (``model=timm``) takes the place of the run's with all that was set below it.
+        """
+        own = [*self.common, *self.runs[run]]
+        if any(override.startswith("model=") for override in overrides):
+            own = [override for override in own if not override.startswith("model.")]
+        given = [*own, *overrides, f"seed={seed}"]
         return composed("train", [override.replace("{folder}", str(self.place(seed))) for override in given])
 
     def personalization(self, trained: DictConfig, checkpoint: Path, overrides: Sequence[str] = ()) -> DictConfig:

@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
+import torch
+from hydra.utils import instantiate
 from scipy import stats
 
 from fl_lightning import personalization
@@ -68,6 +71,37 @@ def test_every_study_can_be_trained_and_personalized(name: str) -> None:
         assert (own.epochs, own.seed, own.checkpoint) == (15, 7, "run")  # epochs: the paper's, for every strategy
         assert plain(own)["trainer"]["max_epochs"] == 15
     assert set(comparison.order) <= {*wanted}
+
+
+def pretrained(name: str, folder: Path) -> tuple[list[str], dict[str, torch.Tensor]]:
+    """The words that take a backbone from a made file, and what is in it: a transformer where LoRA is a strategy."""
+    kind, size = ("test_vit", {"img_size": 32}) if name.startswith("peft_vit") else ("test_resnet", {})
+    state = timm.create_model(kind, **size).state_dict()
+    torch.save(state, folder / "weights.pt")
+    return ["model=timm", f"model.name={kind}", f"model.weights={folder / 'weights.pt'}"], state
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("name", NAMES)
+def test_every_study_takes_a_pretrained_backbone_from_a_file(name: str, tmp_path: Path) -> None:
+    words, state = pretrained(name, tmp_path)
+    comparison = Comparison.read(f"lpft/{name}")
+    for run in comparison.runs:
+        cfg = comparison.configuration(run, ["data.root=x", *words])
+        node = {key: value for key, value in plain(cfg)["model"].items() if key != "adapters"}
+        held = instantiate(node, num_classes=3, in_channels=3, image_size=32).backbone.state_dict()
+        assert len(held) > 20
+        assert all(tensor.equal(state[key]) for key, tensor in held.items())
+        assert build_strategies(comparison.personalization(cfg, Path("run")))
+
+
+@pytest.mark.slow
+def test_a_pretrained_backbone_goes_through_a_study(tmp_path: Path, tiny_root: Path) -> None:
+    words, _ = pretrained("table2_digit5_scaled", tmp_path)
+    rest = [f"data.root={tiny_root}", "loop.rounds=1", "seeds=1", f"folder={tmp_path / 'study'}"]
+    own = [f"personalize.{word}" for word in (*SHORT, "personalization=[ft,lp_ft]")]
+    main(["lpft/table2_digit5_scaled", *words, *rest, *own])
+    assert "lp_ft" in (tmp_path / "study" / "table2_digit5_scaled" / "table.md").read_text()
 
 
 @pytest.mark.parametrize("name", TABLES)
