@@ -14,7 +14,7 @@ from torch.nn import functional
 from torchmetrics import Metric
 from typing_extensions import override
 
-from fl_lightning.checks import above, one_of, within
+from fl_lightning.checks import above, one_of, whole, within
 from fl_lightning.evaluation.named_metrics import (
     CLASSES,
     LABELS,
@@ -321,6 +321,8 @@ class Language(_Places):
     Args:
         loss: ``cross_entropy``, or a callable.
         ignored: Targets of this value do not count, such as padding and the words of a question.
+        choices: Tokens that an answer is one of, such as those of its letters; with them there is the metric
+            ``choice_accuracy``: the share of targets that have the largest logit among the choices.
     """
 
     name = "language"
@@ -330,17 +332,52 @@ class Language(_Places):
 
     dimensions = (1, 2)
 
-    def __init__(self, loss: str | Loss | None = None, ignored: int = -100) -> None:
+    def __init__(
+        self, loss: str | Loss | None = None, ignored: int = -100, choices: Sequence[int] | None = None
+    ) -> None:
         super().__init__(loss, ignored=ignored)
+        for token in choices or ():
+            whole("choices", token, 0)
+        self.choices = torch.tensor(choices) if choices else None
 
     @property
     @override
     def metrics(self) -> Mapping[str, Named]:
+<<<<<<< HEAD
         return {"perplexity": Mean(self.loss_sum, torch.exp, higher_is_better=False), **super().metrics}
+=======
+        sums = {name: metric for name, metric in super().metrics.items() if isinstance(metric, Mean)}
+        if self.choices is not None:
+            sums["choice_accuracy"] = Mean(self._right_choices)
+        return {"perplexity": Mean(self.loss_sum, torch.exp, higher_is_better=False), **sums}
+
+    def _right_choices(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        assert self.choices is not None
+        choices = self.choices.to(outputs.device)
+        return (choices[outputs[:, choices].argmax(1)] == targets).sum().float()
+
+    @override
+    def flat(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        outputs, targets = outputs.flatten(0, -2), targets.flatten()
+        counted = targets != self.ignored
+        return outputs[counted], targets[counted]
+
+    @override
+    def label_counts(self, targets: Tensor, num_classes: int) -> Tensor:
+        return super().label_counts(targets[targets != self.ignored], num_classes)
+
+    @override
+    def target_problem(self, targets: Tensor, num_classes: int) -> str:
+        if targets.is_floating_point() or targets.ndim not in (1, 2):
+            return described(targets)
+        return out_of_range(targets[targets != self.ignored], num_classes)
+>>>>>>> 7555cfb (Language models of transformers under split cuts, with adapters on both halves)
 
     @override
     def check(self, outputs: Tensor, targets: Tensor, num_classes: int) -> None:
         super().check(outputs[..., :num_classes], targets, num_classes)  # a model may have more rows than tokens
+        if self.choices is not None and int(self.choices.max()) >= num_classes:
+            raise ValueError(f"task.choices must be tokens of {num_classes}, got {int(self.choices.max())}")
 
     @override
     def output_shape(self, targets: Tensor, num_classes: int) -> list[tuple[int, ...]]:

@@ -9,6 +9,7 @@ from typing import Any
 from typing_extensions import override
 
 from fl_lightning.callback import FederatedCallback, Server
+from fl_lightning.callbacks.federated_evaluation import FederatedEvaluation
 from fl_lightning.checks import at_least
 from fl_lightning.client import Exam
 
@@ -16,9 +17,9 @@ from fl_lightning.client import Exam
 class EveryoneEvaluation(FederatedCallback):
     """Scores every client's model on its own test data, and on everyone's: the test data of all clients together.
 
-    Logs ``personal_on/own`` and ``personal_on/everyone``, means over clients of the run's first metric, and adds both
-    of every client to ``results.json`` and to the printed table, there for the models that are kept. Where a method has
-    no personal models, each client's model is the global one. The models travel to the data; this is not counted as
+    Logs ``personal_on/own`` and ``personal_on/everyone``, means over clients of the metric that chooses, and adds
+    both of every client to ``results.json`` and to the printed table, there for the models that are kept. Where there
+    are no personal models, each client's model is the global one. The models travel to the data; this is not counted as
     traffic, since it is no part of the method.
 
     Args:
@@ -33,7 +34,8 @@ class EveryoneEvaluation(FederatedCallback):
     def score(self, loop: Server) -> dict[str, dict[str, float]]:
         """Return, for every client by name, what its model scores on its ``own`` data and on ``everyone``'s."""
         scores = {}
-        metric = loop.metrics.names[0]
+        chosen = [callback.metric for callback in loop.federated_callbacks if isinstance(callback, FederatedEvaluation)]
+        metric = chosen[0] if chosen and chosen[0] else loop.metrics.names[0]
         for index, client in enumerate(loop.clients):
             exam = Exam("test", loop.personal_state(client), personal=True, metrics=(metric,))
             found = loop.score([(other, exam) for other in loop.clients])

@@ -32,9 +32,11 @@ class TransformersBackbone(nn.Module):
         model: The model; an identity stands where its last linear layer was.
         kind: What it reads.
         padding: The token that fills up shorter sequences, which no other sees; None: all tokens are seen.
+        last: Whether a language model answers for the last position alone. Padding then stands at the left: behind a
+            real token it is one, too.
     """
 
-    def __init__(self, model: nn.Module, kind: Kind, padding: int | None) -> None:
+    def __init__(self, model: nn.Module, kind: Kind, padding: int | None, last: bool = False) -> None:
         super().__init__()
         if any(True for _ in model.parameters(recurse=False)):
             raise ValueError(f"{type(model).__name__} has parameters beside its parts; take another model")
@@ -43,6 +45,7 @@ class TransformersBackbone(nn.Module):
         self.__dict__["_model"] = model
         self.kind = kind
         self.padding = padding
+        self.last = last
 
     @override
     def train(self, mode: bool = True) -> TransformersBackbone:
@@ -60,6 +63,10 @@ class TransformersBackbone(nn.Module):
         """The layer that turns tokens into vectors."""
         return self.__dict__["_model"].get_input_embeddings()
 
+    def real(self, tokens: Tensor) -> Tensor:
+        """Return which tokens are no padding, bool like ``tokens``."""
+        return real_tokens(tokens, self.padding, self.last)
+
     def forward(self, x: Tensor) -> Tensor:
         """Return features ``(N, D)`` of images ``(N, C, H, W)`` or tokens ``(N, T)``; ``(N, T, D)`` where causal."""
         model: Any = self.__dict__["_model"]
@@ -70,20 +77,35 @@ class TransformersBackbone(nn.Module):
                 f"the data hold the token {int(x.max())}, and the model knows {size}; give data.tokenizer the "
                 "model's own"
             )
-        mask = None if self.padding is None else (x != self.padding).long()
+        mask = None if self.padding is None else self.real(x).long()
         # A row of padding alone would attend to nothing.
         if mask is not None and self.kind == "sequence":
             mask[:, 0] = 1
         more = {"use_cache": False} if self.kind == "causal" else {}
         prompt = self._parameters.get("prompt")
         if prompt is None or not bool(prompt.any()):
-            return _tensor(model(input_ids=x, attention_mask=mask, **more).logits)
+            out = _tensor(model(input_ids=x, attention_mask=mask, **more).logits)
+            return out[:, -1] if self.last else out
         words = self.embeddings(x)
         if mask is not None:
             mask = torch.cat([mask.new_ones(len(x), len(prompt)), mask], dim=1)
         found = torch.cat([prompt.to(words.dtype).expand(len(x), -1, -1), words], dim=1)
         out = _tensor(model(inputs_embeds=found, attention_mask=mask, **more).logits)
-        return out[:, len(prompt) :] if self.kind == "causal" else out
+        return out[:, -1] if self.last else out[:, len(prompt) :] if self.kind == "causal" else out
+
+
+def real_tokens(tokens: Tensor, padding: int | None, left: bool) -> Tensor:
+    """Return which tokens are no padding, bool like ``tokens``.
+
+    Args:
+        tokens: int64 (N, T).
+        padding: The token that fills up shorter sequences; None: there is none.
+        left: Whether it stands at the left alone: behind a real token it is one, too.
+    """
+    if padding is None:
+        return torch.ones_like(tokens, dtype=torch.bool)
+    found = tokens != padding
+    return found.cumsum(1).bool() if left else found
 
 
 def _tensor(value: Any) -> Tensor:
@@ -127,6 +149,7 @@ def hf(
     padding: int | None = None,
     pretrained: bool = True,
     tied: bool = True,
+    last: bool = False,
 ) -> Model:
     """Build a model of transformers; its last linear layer becomes the head.
 
@@ -146,6 +169,7 @@ def hf(
         pretrained: Whether a model with a name brings its weights, or its form alone.
         tied: False: a head that shares its weights with the model's embeddings gets a copy of its own, so that it can
             train by itself.
+        last: Whether a causal model answers ``(N, V)`` for the token after the sequence alone, as data=tokens asks.
 
     Raises:
         ImportError: If transformers is not installed.
@@ -160,6 +184,8 @@ def hf(
     one_of("kind", kind, Kind)
     if kind != "image" and in_channels != 1:
         raise ArgumentError(f"kind must be image for images of {in_channels} channels, got {kind}")
+    if last and kind != "causal":
+        raise ArgumentError(f"last must be false where kind is {kind}, got true")
     maker: Any = getattr(transformers, CLASSES[kind])
     sizes: dict[str, Any] = {"vocab_size": num_classes} if kind == "causal" else {"num_labels": num_classes}
     if name is not None:
@@ -212,10 +238,10 @@ def hf(
     x = _example(kind, known, in_channels, image_size, padding)
     with torch.no_grad():
         model.eval()
-        whole = TransformersBackbone(model, kind, padding).eval()(x)
+        whole = TransformersBackbone(model, kind, padding, last).eval()(x)
         parent, _, attribute = path.rpartition(".")
         setattr(model.get_submodule(parent), attribute, nn.Identity())
-        backbone = TransformersBackbone(model, kind, padding).eval()
+        backbone = TransformersBackbone(model, kind, padding, last).eval()
         if not torch.allclose(head(backbone(x)), whole, atol=1e-4):
             raise ValueError(f"{type(model).__name__} does more with its last layer {path} than apply it; take another")
     model.train()

@@ -18,11 +18,12 @@ def alignment_loss(private: Tensor, server: Tensor, reduction: str = "per_token"
     softmax before the logarithm, this takes ``log_softmax``. No gradient flows into ``server``.
 
     Args:
-        private: Output of the client's private top, ``(N, T, D)``; ``(N, D)`` counts as one token, and a feature map
-            ``(N, D, H, W)`` as one token a pixel.
+        private: Output of the client's private top, ``(N, T, D)``, where a row of zeros on both sides is padding;
+            ``(N, D)`` counts as one token, and a feature map ``(N, D, H, W)`` as one token a pixel.
         server: Output of the server's copies on the same input, of the same shape.
-        reduction: ``"per_token"`` is the mean over examples and tokens; ``"sum_tokens"`` sums over the tokens, as the
-            authors' code does, so that it grows with the length of the sequence.
+        reduction: ``"per_token"`` is the mean over the tokens of all examples, padding not counted; ``"sum_tokens"``
+            sums over the tokens and is the mean over examples, as the authors' code has it, so that it grows with the
+            length of the sequence.
     """
     if private.shape != server.shape:
         raise ValueError(f"the private top gave {tuple(private.shape)}, but the server's copy {tuple(server.shape)}.")
@@ -30,8 +31,12 @@ def alignment_loss(private: Tensor, server: Tensor, reduction: str = "per_token"
     hidden = 1 if private.ndim == 4 else -1
     target = server.detach().float().log_softmax(hidden)
     total = F.kl_div(private.float().log_softmax(hidden), target, reduction="sum", log_target=True)
-    tokens = private.numel() // private.shape[hidden]
-    return total / (tokens if reduction == "per_token" else private.shape[0])
+    if reduction == "sum_tokens":
+        return total / private.shape[0]
+    if private.ndim == 3:
+        real = (private.detach().ne(0) | server.detach().ne(0)).any(-1)
+        return total / real.sum().clamp(min=1)
+    return total / (private.numel() // private.shape[hidden])
 
 
 class Alignment(nn.Module):

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fl_lightning.models.hf import TransformersBackbone
+from fl_lightning.split.transformer_blocks import transformer_chain
+
 if TYPE_CHECKING:
     from timm.models.resnet import ResNet
     from timm.models.vision_transformer import VisionTransformer
@@ -23,8 +26,8 @@ def chain(backbone: nn.Module, paths: Sequence[str | Sequence[str]] | None = Non
     """Return the blocks whose composition is the backbone. Nothing is copied: training a block trains the backbone.
 
     Without ``paths`` the blocks of an ``nn.Sequential`` are its children (those of an unnamed inner stage of residual
-    blocks one by one), and those of timm's ``VisionTransformer`` and ``ResNet`` are their stem, their blocks and what
-    follows. Any other backbone needs its blocks declared.
+    blocks one by one), and those of timm's ``VisionTransformer`` and ``ResNet`` and of a causal language model of
+    transformers are their stem, their blocks and what follows. Any other backbone needs its blocks declared.
 
     Args:
         backbone: The module to take apart.
@@ -35,6 +38,8 @@ def chain(backbone: nn.Module, paths: Sequence[str | Sequence[str]] | None = Non
     """
     if paths is not None:
         return _declared(backbone, paths)
+    if isinstance(backbone, TransformersBackbone):
+        return transformer_chain(backbone)
     if _is_vision_transformer(backbone):
         return _vision_transformer(backbone)
     if _is_resnet(backbone):
@@ -93,10 +98,16 @@ def check(blocks: Chain, backbone: nn.Module, x: Tensor) -> None:
     backbone.eval()
     try:
         with torch.no_grad():
-            whole, composed = backbone(x), run(list(blocks.values()), x)
+            whole = backbone(x)
+            try:
+                composed = run(list(blocks.values()), x)
+            except (RuntimeError, TypeError, AttributeError, IndexError, ValueError) as error:
+                raise ValueError(f"the blocks {', '.join(blocks)} cannot be applied in order: {error}") from error
     finally:
         for module, training in modes.items():
             module.training = training
+    if isinstance(backbone, TransformersBackbone) and backbone.padding is not None and not backbone.last:
+        whole = whole * backbone.real(x).unsqueeze(-1)  # what stands where padding is does not matter
     if whole.shape != composed.shape or not torch.allclose(whole, composed, rtol=1e-4, atol=1e-5):
         raise ValueError(
             f"the blocks {', '.join(blocks)} applied in order do not give what the backbone gives; "

@@ -66,8 +66,10 @@ class ServerBody:
         self.clip = clip
         self.frozen = frozen
         self.guarded = guarded
-        self.blocks.requires_grad_(not frozen)
-        self.optimizer = optimizer(self.blocks.parameters())
+        named = [(self._full_names[name], parameter) for name, parameter in self.blocks.named_parameters()]
+        for name, parameter in named:
+            parameter.requires_grad_(not frozen and name not in module.base_names)
+        self.optimizer = optimizer([parameter for name, parameter in named if name not in module.base_names])
         self.begin()
 
     def begin(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import nn
@@ -59,6 +60,10 @@ class Parts:
     def client(self) -> tuple[str, ...]:
         """All names of what the client holds."""
         return self.base + self.top + self.tail + self.head
+
+    def without(self, names: Collection[str]) -> Parts:
+        """Return the parts without some tensors, such as those that nobody trains."""
+        return Parts(*(tuple(name for name in part if name not in names) for part in vars(self).values()))
 
 
 def parts(blocks: Chain, head: nn.Module, model: nn.Module, cut: Cut) -> Parts:

@@ -222,7 +222,7 @@ class SplitServer(SplitFit):
     def on_broadcast(self, loop: Server, client: ClientInfo, broadcast: Broadcast) -> None:
         module, cut = loop.module, self.cuts[client.id]
         assert isinstance(module, SplitModule)
-        held = module.parts(cut)
+        held = module.parts(cut).without(module.base_names)
         body = loop.state if self.in_turn else loop.aggregator.broadcast(loop.state, client)
         broadcast.state = {name: tensor for name, tensor in broadcast.state.items() if name not in held.body}
         broadcast.here |= connecting(cut) | {name: body[name] for name in held.body}

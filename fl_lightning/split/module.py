@@ -17,6 +17,7 @@ from fl_lightning.split.blocks import chain, run
 from fl_lightning.split.cost import Reach
 from fl_lightning.split.cut import Cut, Parts, parts
 from fl_lightning.split.exchange import Exchange
+from fl_lightning.split.transformer_blocks import Part
 
 CLIENT_PARTS = ("base", "top", "tail", "head")
 
@@ -49,8 +50,6 @@ class SplitModule(FederatedModule):
         lr_factors: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(model, label_smoothing)
-        if self.base_names:
-            raise ValueError("model.adapters must be null under split learning, whose server trains all of its blocks")
         self.blocks = chain(self.backbone, blocks)
         self.start = start
         self.end = end if end > 0 else len(self.blocks) + end
@@ -58,7 +57,15 @@ class SplitModule(FederatedModule):
         for part, factor in self.lr_factors.items():
             one_of("lr_factors", part, CLIENT_PARTS)
             at_least(f"lr_factors.{part}", factor, 0)
-        self.parts(self.cut_at(start))  # a wrong `start` or `end`, or a torn tensor, must show before anything runs
+        # A wrong `start` or `end`, or a torn tensor, must show before anything runs.
+        held = self.parts(self.cut_at(start))
+        trained = {name for name, _ in self.named_parameters(remove_duplicate=False)} - self.base_names
+        for holder, names in (("client", held.client), ("server", held.body)):
+            if not trained.intersection(names):
+                raise ValueError(
+                    f"the {holder} must have something to train, but with model.adapters its blocks have none; "
+                    f"move module.start={self.start} or module.end={self.end} of {len(self.blocks)} blocks"
+                )
         self.exchange: Exchange | None = None
         self.line: Exchange | None = None  # of a client that does not hold the body
         self._penalty: Tensor | None = None
@@ -78,7 +85,7 @@ class SplitModule(FederatedModule):
     def reach(self, cut: Cut, body_frozen: bool = False) -> Reach:
         """Return how far back a batch's gradient goes for a client's cut: to where something is trained."""
         held = self.parts(cut)
-        front = {*held.base, *held.top} - set(self.frozen(held))
+        front = {*held.base, *held.top}.difference(self.frozen(held), self.base_names)
         if any(name in front for name, _ in self.named_parameters(remove_duplicate=False)):
             return "front"
         return "tail" if body_frozen else "body"
@@ -89,8 +96,9 @@ class SplitModule(FederatedModule):
 
     def example_input(self, in_channels: int, image_size: int) -> Tensor:
         """Return one blank input: an image ``(1, C, H, W)``, or tokens ``(1, T)`` for a language model."""
-        if isinstance(next(iter(self.blocks.values())), TokenEmbedding):
-            return torch.zeros(1, image_size, dtype=torch.int64)
+        first = next(iter(self.blocks.values()))
+        if isinstance(first, (TokenEmbedding, Part)):
+            return torch.full((1, image_size), 0 if first.padding is None else first.padding + 1)
         return torch.zeros(1, in_channels, image_size, image_size)
 
     def leave_out(self, cut: Cut) -> None:
@@ -104,13 +112,12 @@ class SplitModule(FederatedModule):
         """Attach the line to the server for a fit, or take it away."""
         self.exchange = exchange
         if exchange is None:
-            for parameter in self.parameters():
-                parameter.requires_grad_(True)
-            return
-        held = self.parts(exchange.cut)
-        frozen = set(self.frozen(held))
+            still: set[str] = set(self.base_names)
+        else:
+            held = self.parts(exchange.cut)
+            still = {*self.base_names, *self.frozen(held), *held.body}
         for name, parameter in self.named_parameters(remove_duplicate=False):
-            parameter.requires_grad_(name not in frozen and name not in held.body)
+            parameter.requires_grad_(name not in still)
 
     @override
     def features(self, x: Tensor) -> Tensor:
@@ -145,7 +152,7 @@ class SplitModule(FederatedModule):
         if self.exchange is None:
             return super().configure_optimizers()
         held = self.parts(self.exchange.cut)
-        named = dict(self.named_parameters())
+        named = {name: tensor for name, tensor in self.named_parameters() if name not in self.base_names}
         groups: list[Any] = [
             {"params": [named[name] for name in getattr(held, part) if name in named], "lr_factor": factor}
             for part in CLIENT_PARTS

@@ -48,7 +48,7 @@ class SplitSharing(Sharing):
     def names(self, module: nn.Module, client: Client | ClientInfo | None = None) -> list[str]:
         """Return the names of the body's tensors behind the client's cut, and of those of its own that it shares."""
         held = self._parts(module, client)
-        chosen = {*held.body, *self.exchanged(module)}
+        chosen = {*held.body, *self.exchanged(module)} - self.base_names(module)
         return [name for name in module.state_dict() if name in chosen]
 
     @override

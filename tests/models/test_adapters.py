@@ -28,9 +28,9 @@ def small_vit() -> Model:
 
 def small_gpt2() -> Model:
     pytest.importorskip("transformers")
-    from fl_lightning.models.gpt2 import gpt2
+    from fl_lightning.models.hf import hf
 
-    return gpt2(11, image_size=6, pretrained=False, width=8, depth=2, num_heads=2)
+    return hf(11, image_size=6, config={"model_type": "gpt2", "n_embd": 8, "n_layer": 2, "n_head": 2}, last=True)
 
 
 INPUTS = {
@@ -171,7 +171,7 @@ def test_begins_with_the_weights_of_a_plain_model(tiny_root: Path, tmp_path: Pat
         ("{targets: []}", "model.adapters.targets must name a layer"),
         ("{targets: some}", "model.adapters.targets must be one of auto, attention, linear, got 'some'"),
         ("4", "model.adapters must be null or a mapping"),
-        ("{rank: 2} method=splitfed", "model.adapters must be null under split learning"),
+        ("{rank: 2} method=splitfed", "the server must have something to train, but with model.adapters"),
     ],
 )
 def test_bad_input_is_one_sentence(words: str, message: str, tiny_root: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Language models: causality, the word that follows, and GPT-2 against transformers."""
+"""Language models: causality, the word that follows, padding."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from fl_lightning.models import gpt
-from fl_lightning.models.gpt2 import gpt2
+from fl_lightning.models.hf import hf
+from fl_lightning.split.blocks import chain, run
+
+GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2}
 
 
 def test_position_sees_only_what_came_before() -> None:
@@ -42,21 +45,23 @@ def test_padding_at_the_left_is_seen_by_nobody(kind: str) -> None:
     """The answer is that of the blocks without a mask to the real tokens alone, at the positions where they are."""
     if kind == "gpt2":
         pytest.importorskip("transformers", reason="the extra `text` is not installed")
-    make = gpt if kind == "gpt" else partial(gpt2, pretrained=False)
+    own = partial(gpt, num_classes=9, image_size=6, width=16, depth=2, num_heads=2)
+    make = own if kind == "gpt" else partial(hf, 9, image_size=6, config=GPT2, last=True)
     models = []
     for padding in (0, None):
         torch.manual_seed(0)
-        models.append(make(num_classes=9, image_size=6, width=16, depth=2, num_heads=2, padding=padding))
-    padded, plain = (model.backbone for model in models)
+        models.append(make(padding=padding).backbone.eval())
+    padded, blocks = models[0], list(chain(models[1]).values())
     tokens = torch.tensor([[0, 0, 3, 0, 5, 1], [0, 0, 0, 0, 0, 7], [4, 2, 8, 1, 6, 3], [0, 0, 0, 0, 0, 0]])
     found = padded(tokens)
     for row, begin in enumerate((2, 5, 0)):  # a 0 behind a real token is a token
-        torch.testing.assert_close(found[row : row + 1], plain[1:](plain[0](tokens[row : row + 1])[:, begin:]))
+        torch.testing.assert_close(found[row : row + 1], run(blocks[1:], blocks[0](tokens[row : row + 1])[:, begin:]))
     assert torch.isfinite(found).all()
-    assert not torch.allclose(found[:2], plain(tokens[:2]), atol=1e-3)
+    assert not torch.allclose(found[:2], run(blocks, tokens[:2]), atol=1e-3)
     found[1].sum().backward()
-    assert not padded[0].wte.weight.grad[0].any()
-    assert not padded[0].wpe.weight.grad[:5].any()
+    gradients = {name.split(".")[-2]: p.grad for name, p in chain(padded)["embed"].named_parameters()}
+    assert not gradients["wte"][0].any()
+    assert not gradients["wpe"][:5].any()
 
 
 def test_sizes_are_checked() -> None:
@@ -66,28 +71,3 @@ def test_sizes_are_checked() -> None:
         gpt(num_classes=5, width=10)
     with pytest.raises(ValueError, match="a sequence of 7 tokens is longer than 6"):
         gpt(num_classes=5, image_size=6, width=8).backbone(torch.zeros(1, 7, dtype=torch.int64))
-
-
-def test_gpt2_is_that_of_transformers() -> None:
-    transformers = pytest.importorskip("transformers", reason="the extra `text` is not installed")
-    torch.manual_seed(0)
-    model = gpt2(num_classes=11, image_size=6, pretrained=False, width=16, depth=2, num_heads=2)
-    config = transformers.GPT2Config(
-        vocab_size=11, n_positions=6, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
-    )
-    plain = transformers.GPT2LMHeadModel(config).eval()
-    own = {
-        name.replace("transformer.wte", "embed.wte").replace("transformer.wpe", "embed.wpe")
-        .replace("transformer.ln_f", "readout.ln_f").replace("transformer.h.0.", "h0.block.")
-        .replace("transformer.h.1.", "h1.block."): tensor
-        for name, tensor in plain.state_dict().items()
-        if not name.startswith("lm_head")
-    }  # fmt: skip
-    model.backbone.load_state_dict(own)
-    assert model.head.weight is model.backbone.embed.wte.weight
-    tokens = torch.randint(11, (3, 6))
-    with torch.no_grad():
-        expected = plain(tokens).logits[:, -1]
-        torch.testing.assert_close(model.head(model.backbone.eval()(tokens)), expected, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="`num_heads` must divide"):
-        gpt2(num_classes=11, image_size=6, pretrained=False, width=15, num_heads=2)

@@ -22,6 +22,14 @@ def test_loss_is_the_kullback_leibler_divergence(shape: tuple[int, ...]) -> None
     assert summed == pytest.approx(divergences.sum() / shape[0], rel=1e-5)
 
 
+def test_padding_does_not_count() -> None:
+    private, server = torch.randn(1, 3, 4), torch.randn(1, 3, 4)
+    padded = [torch.cat([torch.zeros(1, 5, 4), z], 1) for z in (private, server)]
+    for reduction in ("per_token", "sum_tokens"):
+        torch.testing.assert_close(alignment_loss(*padded, reduction), alignment_loss(private, server, reduction))
+    assert alignment_loss(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)) == 0
+
+
 def test_gradient_pulls_the_private_top_and_leaves_the_server() -> None:
     private, server = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 3, 4, requires_grad=True)
     alignment_loss(private, server).backward()
