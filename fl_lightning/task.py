@@ -343,35 +343,14 @@ class Language(_Places):
     @property
     @override
     def metrics(self) -> Mapping[str, Named]:
-<<<<<<< HEAD
-        return {"perplexity": Mean(self.loss_sum, torch.exp, higher_is_better=False), **super().metrics}
-=======
-        sums = {name: metric for name, metric in super().metrics.items() if isinstance(metric, Mean)}
-        if self.choices is not None:
-            sums["choice_accuracy"] = Mean(self._right_choices)
-        return {"perplexity": Mean(self.loss_sum, torch.exp, higher_is_better=False), **sums}
+        choices = {} if self.choices is None else {"choice_accuracy": Mean(self._right_choices)}
+        perplexity = Mean(self.loss_sum, torch.exp, higher_is_better=False)
+        return {"perplexity": perplexity, **super().metrics, **choices}
 
     def _right_choices(self, outputs: Tensor, targets: Tensor) -> Tensor:
         assert self.choices is not None
         choices = self.choices.to(outputs.device)
         return (choices[outputs[:, choices].argmax(1)] == targets).sum().float()
-
-    @override
-    def flat(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        outputs, targets = outputs.flatten(0, -2), targets.flatten()
-        counted = targets != self.ignored
-        return outputs[counted], targets[counted]
-
-    @override
-    def label_counts(self, targets: Tensor, num_classes: int) -> Tensor:
-        return super().label_counts(targets[targets != self.ignored], num_classes)
-
-    @override
-    def target_problem(self, targets: Tensor, num_classes: int) -> str:
-        if targets.is_floating_point() or targets.ndim not in (1, 2):
-            return described(targets)
-        return out_of_range(targets[targets != self.ignored], num_classes)
->>>>>>> 7555cfb (Language models of transformers under split cuts, with adapters on both halves)
 
     @override
     def check(self, outputs: Tensor, targets: Tensor, num_classes: int) -> None:

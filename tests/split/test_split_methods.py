@@ -279,7 +279,7 @@ def test_language_model_on_texts(model: str, tmp_path: Path) -> None:
         (root / f"{name}.txt").write_text(letters * 40)
     sizes = ["model.width=16", "model.depth=3"]
     if model == "gpt2":
-        sizes = ["model.config.n_embd=16", "model.config.n_layer=3", "optimizer.lr=0.03"]
+        sizes = ["model.config.n_embd=16", "model.config.n_layer=3", "loop.rounds=8"]
     overrides = [
         "data=tokens", f"data.root={root}", "data.length=6", f"model={model}",
         "method=flexp_sfl", "loop.rounds=3", "trainer.max_epochs=2", "optimizer.lr=0.01", "logger=none",
