@@ -38,6 +38,7 @@ class ServerBody:
         clip: Largest norm of a gradient of the body; ``None`` clips nothing. Clients clip their own.
         frozen: Whether the body is not trained; its BatchNorm statistics stand still too.
         guarded: Whether every gradient of the body must be finite before the body moves.
+        device: Where it computes; None: where the module is.
 
     Attributes:
         batches: The sizes of the batches that were trained, in their order.
@@ -52,6 +53,7 @@ class ServerBody:
         clip: float | None = None,
         frozen: bool = False,
         guarded: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         above("clip", clip, 0, or_null=True)
         self.start = module.start
@@ -61,7 +63,7 @@ class ServerBody:
             full.setdefault(id(tensor), []).append(name)
         local = named_tensors(nn.ModuleList(own))
         self._full_names = {name: full[id(tensor)].pop(0) for name, tensor in local.items()}
-        self.blocks = copy.deepcopy(nn.ModuleList(own))
+        self.blocks = copy.deepcopy(nn.ModuleList(own)).to(device)
         self.alignment = alignment
         self.clip = clip
         self.frozen = frozen

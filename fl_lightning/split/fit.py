@@ -81,8 +81,8 @@ class SplitFit(FederatedCallback):
             device: Where it computes.
             guarded: As in `ServerBody`.
         """
-        body = ServerBody(module, self.make_optimizer or optimizer, self.alignment, self.clip, self.frozen, guarded)
-        body.blocks.to(device)
+        optimizer = self.make_optimizer or optimizer
+        body = ServerBody(module, optimizer, self.alignment, self.clip, self.frozen, guarded, device)
         body.load_state({name.removeprefix(COPY): tensor for name, tensor in here.items()})
         body.load_optimizer_state(
             {name.removeprefix(OPTIMIZER): kept for name, kept in here.items() if name.startswith(OPTIMIZER)}

@@ -25,6 +25,7 @@ from tests import simulated_device
 from tests.federations import assert_same, federation, outcome
 from tests.simulated_device import calls, in_a_process_of_its_own
 from tests.sites.federation import NAMES, at_sites
+from tests.sites.test_bits import finished
 from tests.split.halves import make_body, make_module
 
 #: What happens to a message to a site: return None to lose it, and with it the site's process.
@@ -138,7 +139,7 @@ def test_a_site_holds_its_part_and_may_die_in_mid_turn(tiny_root: Path, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["sl", "splitfed", "pfsl"])
 def test_sites_start_from_a_trained_model(method: str, tiny_root: Path, tmp_path: Path) -> None:
-    federation(tiny_root, tmp_path / "first", "method=fedavg").fit()
+    finished(federation(tiny_root, tmp_path / "first"), tiny_root, tmp_path / "first")
     words = (f"method={method}", "loop.rounds=1", f"init_from='{tmp_path / 'first'}'")
     serial = federation(tiny_root, tmp_path / "serial", "seed=3", *words)
     serial.fit()
@@ -171,17 +172,17 @@ def test_a_fit_that_is_run_again_begins_with_the_same_body(tiny_root: Path, tmp_
 @pytest.mark.slow
 def test_who_was_lost_in_mid_turn_is_missed_and_leaves_no_trace(tiny_root: Path, tmp_path: Path) -> None:
     def fate(near: Near, site: str, header: dict[str, Any]) -> None:
-        forward = sum(name == "bob" and asked["kind"] == "exchange" for name, asked, _ in near.asked)
-        if site == "bob" and forward >= 3:
-            near.gone.add("bob")
+        forward = sum(name == "cid" and asked["kind"] == "exchange" for name, asked, _ in near.asked)
+        if site == "cid" and forward >= 3:
+            near.gone.add("cid")
 
-    skip = ("loop.on_client_error=skip", "method=sl", "callbacks.pooled=null", "evaluation.every=100")
+    skip = ("loop.on_client_error=skip", "method=sl", "callbacks.everyone=null", "evaluation.every=100")
     run, _ = run_near(tiny_root, tmp_path, *skip, "executor.on_missing=skip", fate=fate)
-    alone = federation(tiny_root, tmp_path / "alone", "seed=3", *skip, "data.unseen_clients=[bob]")
+    alone = federation(tiny_root, tmp_path / "alone", "seed=3", *skip, "data.unseen_clients=[cid]")
     alone.fit()
     assert_same(run.loop.state, alone.loop.state)
-    assert run.loop.callbacks["server"].results(run.loop)["split"]["missed_rounds"] == {"bob": [0, 1]}  # type: ignore[attr-defined]
-    with pytest.raises(RuntimeError, match=r"bob has not been heard of for 50 s \(executor.give_up_after\); start"):
+    assert run.loop.callbacks["server"].results(run.loop)["split"]["missed_rounds"] == {"cid": [0, 1]}  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match=r"cid has not been heard of for 50 s \(executor.give_up_after\); start"):
         run_near(tiny_root, tmp_path / "waits", "method=sl", "executor.give_up_after=50", fate=fate)
 
 
@@ -198,7 +199,7 @@ def test_who_comes_late_joins_the_running_round(tiny_root: Path, tmp_path: Path)
             came.append(site)
 
     skip = ("loop.on_client_error=skip", "method=sl", "loop.rounds=1", "executor.on_missing=skip")
-    run, near = run_near(tiny_root, tmp_path, *skip, "callbacks.pooled=null", fate=fate)
+    run, near = run_near(tiny_root, tmp_path, *skip, "callbacks.everyone=null", fate=fate)
     assert [site for site, _, answer in near.asked if answer.get("batch") == 0] == ["bob", "cid", "ann"]
     assert run.loop.callbacks["server"].missed == {}  # type: ignore[attr-defined]
 
@@ -208,9 +209,7 @@ def new_turn(device: str = "cpu") -> Turn:
     module = make_module("vit")
 
     def new_body() -> ServerBody:
-        body = make_body(module, weight=0.25, guarded=True)
-        body.blocks.to(device)
-        return body
+        return make_body(module, weight=0.25, guarded=True, device=device)
 
     return Turn(new_body, module.cut_at(2), [torch.Size([5, 16])] * len(module.blocks))
 
@@ -276,7 +275,6 @@ def test_a_site_without_work_wants_the_turn_from_its_beginning(tiny_root: Path, 
 
 
 def on_the_device(root: Path, folder: Path) -> None:
-    simulated_device.install()
     words = ("method=flexp_sfl", "split_policy=fixed", "module.end=0", "loop.rounds=1")
     serial = federation(root, folder / "serial", "seed=3", *words)
     serial.fit()
