@@ -14,7 +14,7 @@ CASES = [
     ("train", ["optimiser=adam"], "there is no optimiser; did you mean optimizer?"),
     ("train", ["method=fedproxx"], "there is no method=fedproxx; did you mean method=fedprox or "),
     ("train", ["model=timm", "model.nam=x"], "there is no model.nam; did you mean model.name?"),
-    ("train", ["model.name=x"], "there is no model.name here; it comes with model=gpt2 or "),
+    ("train", ["model.name=x"], "there is no model.name with these choices; another option, of model perhaps"),
     ("train", ["method=fedprox", "callbacks.proximal.muu=1"], "did you mean callbacks.proximal.mu"),
     ("train", ["callbacks.proximal.muu=1"], "callbacks.proximal.mu"),
     ("train", ["optimizer.nesterov=true"], "+optimizer.nesterov=... adds one"),
@@ -40,7 +40,7 @@ CASES = [
     ("personalize", ["personalization=[ftt]"], "there is no personalization=ftt; did you mean personalization=ft?"),
     ("personalize", ["baselines=[none]"], "write 'personalization@baselines=[none]'"),
     ("personalize", ["lp_epoch=3"], "there is no lp_epoch; did you mean lp_epochs?"),
-    ("personalize", ["method=fedavg"], "there is no method here; it comes with method="),
+    ("personalize", ["method=fedavg"], "there is no method with these choices"),
 ]
 
 
