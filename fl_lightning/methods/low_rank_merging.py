@@ -124,6 +124,11 @@ class MergingAggregator(LowRankAggregator):
     def setup(self, module: nn.Module, clients: Sequence[ClientInfo] = (), device: torch.device | None = None) -> None:
         super().setup(module, clients, device)
         own = module.state_dict()
+        kept = {own[layer.weight].dtype for layer in self.layers} - {torch.float32}
+        if kept:
+            raise ValueError(
+                f"model.adapters.base must be float32 for this method, which changes the weights, got {kept.pop()}"
+            )
         self.dense_bytes = num_bytes({layer.weight: own[layer.weight] for layer in self.layers})
 
     def merge(self, state: State, changes: Mapping[str, tuple[Tensor, Tensor]]) -> State:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fl_lightning.checks import ArgumentError, above, one_of, whole, within
+from fl_lightning.models.compact import Base, CompactLinear, compact, compact_state, is_conv1d, restored_state
 from fl_lightning.models.hf import TransformersBackbone
 from fl_lightning.models.model import Model
 from fl_lightning.state import State
@@ -49,6 +50,8 @@ class Adapters:
         train: ``both`` matrices, or ``B`` alone: A then stays as it was drawn, the same everywhere.
         dora: Whether the length of each output's weights is trained too. Liu, Wang, Yin, Molchanov, Wang, Cheng, Chen,
             DoRA: Weight-Decomposed Low-Rank Adaptation, ICML 2024, https://arxiv.org/abs/2402.09353.
+        base: What the backbone's frozen linear layers are kept in: ``float32``, ``bfloat16``, or ``int8`` with a scale
+            for each output (see :class:`~fl_lightning.models.compact.CompactLinear`).
     """
 
     rank: int = 4
@@ -57,12 +60,16 @@ class Adapters:
     dropout: float = 0.0
     train: Literal["both", "B"] = "both"
     dora: bool = False
+    base: Base = "float32"
 
     def __post_init__(self) -> None:
         whole("rank", self.rank, 1)
         above("alpha", self.alpha, 0)
         within("dropout", self.dropout, "[0, 1)")
         one_of("train", self.train, ("both", "B"))
+        one_of("base", self.base, Base)
+        if self.dora and self.base != "float32":
+            raise ArgumentError(f"base must be float32 with dora=true, which needs lengths of weights, got {self.base}")
         if isinstance(self.targets, str):
             one_of("targets", self.targets, KINDS)
         elif not self.targets:
@@ -81,18 +88,21 @@ class Adapters:
         """
         peft = need_peft()
         chosen = self.layers(backbone)
+        compact(backbone, self.base)
         config = peft.LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             use_dora=self.dora,
             target_modules="|".join(map(re.escape, chosen)),
-            fan_in_fan_out=all(_is_transposed(_own(backbone.get_submodule(layer))) for layer in chosen),
+            fan_in_fan_out=all(is_conv1d(_own(backbone.get_submodule(layer))) for layer in chosen),
         )
         peft.inject_adapter_in_model(config, backbone, name)
         if hasattr(backbone, "peft_config"):
             del backbone.peft_config
         for key, parameter in backbone.named_parameters():
+            if "lora_" in key:  # peft gives them the type of the weight
+                parameter.data = parameter.data.float()
             parameter.requires_grad_("lora_" in key and not (self.train == "B" and ".lora_A." in key))
 
     def check(self, backbone: nn.Module) -> None:
@@ -204,7 +214,7 @@ def merged(module: nn.Module, state: Mapping[str, Tensor]) -> State:
     """
     layers = {layer.weight: layer for layer in adapted_layers(module)}
     plain: State = {}
-    for name, tensor in state.items():
+    for name, tensor in restored_state(module, dict(state)).items():
         if ".lora_magnitude_vector." in name:
             raise ValueError(f"{name}: adapters with dora=true cannot be added to the weights here")
         if ".lora_A." in name or ".lora_B." in name:
@@ -226,7 +236,7 @@ def with_adapters(module: nn.Module, state: Mapping[str, Tensor]) -> State:
     if not added or any(name in state for name in added):
         return dict(state)
     names = {name.replace(".base_layer.", "."): name for name in own}
-    found = {names.get(name, name): tensor for name, tensor in state.items()}
+    found = compact_state(module, {names.get(name, name): tensor for name, tensor in state.items()})
     return found | {name: own[name] for name in added if name.startswith(("backbone.", "head."))}
 
 
@@ -350,7 +360,7 @@ def _own(part: Any) -> Any:
 
 
 def _is_transposed(part: nn.Module) -> bool:
-    return type(part).__name__ == "Conv1D" and type(part).__module__.startswith("transformers.")
+    return is_conv1d(part) or (isinstance(part, CompactLinear) and part.transposed)
 
 
 def need_peft() -> Any:
