@@ -50,7 +50,8 @@ def tiny_transformer(num_classes: int, in_channels: int = 3, image_size: int = 8
 
 
 #: What a method needs beside ``method=`` where the tiny model will not do.
-NEEDS = {"pfedpg": "model._target_=tests.federations.tiny_transformer"}
+TRANSFORMER = "model._target_=tests.federations.tiny_transformer"
+NEEDS = {"pfedpg": [TRANSFORMER], "fedmosaic": [TRANSFORMER, "module.parts=1"]}
 
 
 def every(name: str, fast: bool) -> Any:
@@ -60,7 +61,7 @@ def every(name: str, fast: bool) -> Any:
 
 def by_name(method: str) -> list[str]:
     """Return what chooses a method in a tiny run."""
-    return [f"method={method}", *([NEEDS[method]] if method in NEEDS else [])]
+    return [f"method={method}", *NEEDS.get(method, [])]
 
 
 def make_tiny_federation(root: Path, size: int = 8) -> Path:

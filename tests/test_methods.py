@@ -38,6 +38,7 @@ TRAVELS = {
     "lg_fedavg": HEAD,
     "fedproto": {"prototypes"},
     "pfedpg": {"prompt"},
+    "fedmosaic": {f"adapters.model.blocks_{n}_attn_{part}.received" for n in (0, 1) for part in ("qkv", "proj")},
     "fedbasis": {"bases", "backbone.norm1"},  # of the latter, BatchNorm's statistics
     **dict.fromkeys(("fedfomo", "l2gd", "local", "mocha"), set[str]()),
 }
