@@ -1,4 +1,4 @@
-"""FedMosaic: unlike transformers exchange adapters of one size, and each takes most from those with data like its own."""
+"""FedMosaic: unlike transformers exchange adapters of one size, each most with those whose data are like its own."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class TwoAdapters(nn.Module):
 
 
 class MosaicModel(FederatedModule):
-    """A frozen transformer with two adapters beside chosen layers and a head of its own, of any of several architectures.
+    """A frozen transformer of one of several architectures, two adapters beside some of its layers, and a head.
 
     Seo, Kim, Lee, Choi, Tuytelaars, Not All Clients Are Equal: Collaborative Model Personalization on Heterogeneous
     Multi-Modal Clients (FedMosaic; Co-LoRA), ICLR 2026, https://arxiv.org/abs/2506.11024. A transformer's blocks are
@@ -91,9 +91,9 @@ class MosaicModel(FederatedModule):
     aligned once, on inputs that are nobody's: A by least squares to what the first architecture's gives, made
     orthonormal, B by canonical correlation (:func:`canonical_map`).
 
-    Read from the paper's summaries and facts of the authors' code. There, public data align, token by token, and A takes
-    gradient steps; here random inputs do, by the means over their tokens, in closed form. There, the share of a layer's
-    two adapters depends on its input. Heads are the clients' own: there is one vocabulary, here are classes.
+    Read from the paper's summaries and facts of the authors' code. There, public data align, token by token, and A
+    takes gradient steps; here random inputs do, by the means over their tokens, in closed form. In the code, not in the
+    paper, a layer's share depends on its input. Heads are the clients' own: there is one vocabulary, here are classes.
 
     Args:
         model: The first architecture, as in :class:`FederatedModule`.
@@ -265,7 +265,7 @@ class MosaicModel(FederatedModule):
         return logits
 
     def relevance(self, batch: Batch) -> Tensor:
-        """Return the gradient of a batch's loss by the last linear layer of the first architecture as it began: (out, in)."""
+        """Return the gradient (out, in) of a batch's loss by the last linear layer of the first architecture, as begun."""
         x, y = batch
         layers = [name for name, part in self.backbone.named_modules() if isinstance(part, nn.Linear)]
         name = f"{layers[-1]}.weight"
@@ -391,9 +391,8 @@ class RelevanceMean(Aggregator):
             others = [id for id in holders if id != client.id]
             if others:
                 weights = self.shares(client.id, others)
-                found[name] = sum(
-                    (w * self.adapters[id][same] for w, id in zip(weights, others, strict=True)), torch.tensor(0.0)
-                )
+                terms = [w * self.adapters[id][same] for w, id in zip(weights, others, strict=True)]
+                found[name] = torch.stack(terms).sum(0)
             elif holders:
                 found[name] = self.adapters[client.id][same]
         return {**state, **found}

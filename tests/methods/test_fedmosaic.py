@@ -44,9 +44,7 @@ class Beside(nn.Module):
         self.layer, self.key, self.tensors, self.scale = layer, key, tensors, scale
 
     def forward(self, h: Tensor) -> Tensor:
-        t = {
-            name.removeprefix(f"{self.key}."): x for name, x in self.tensors.items() if name.startswith(f"{self.key}.")
-        }
+        t = {name.partition(".")[2]: x for name, x in self.tensors.items() if name.startswith(f"{self.key}.")}
         added = []
         for part in ("local", "received"):
             if "fixed_a" in t:
@@ -71,14 +69,10 @@ def test_two_rounds_by_hand_with_unlike_architectures(tiny_root: Path, tmp_path:
     for client in run.clients:
         prefix = f"adapters.{architecture[client.name]}."
         state.append({name.removeprefix(prefix): x.clone() for name, x in start.items() if name.startswith(prefix)})
-    heads = [
-        copy.deepcopy(module.head if name == "model" else module.others["narrow"].head)
-        for name in architecture.values()
-    ]
+    heads = [copy.deepcopy(one) for one in (module.head, *[module.others["narrow"].head] * 2)]
     # Blocks 0 and 1 of the first match blocks 1 and 4 of the other; blocks 0, 2 and 3 have plain adapters.
-    same = {
-        f"blocks_{n}_attn_{part}": f"blocks_{m}_attn_{part}" for n, m in ((0, 1), (1, 4)) for part in ("qkv", "proj")
-    }
+    layers = ("qkv", "proj")
+    same = {f"blocks_{n}_attn_{one}": f"blocks_{m}_attn_{one}" for n, m in ((0, 1), (1, 4)) for one in layers}
     sent: list[dict[str, Tensor]] = []
     for round in range(2):
         if round:
@@ -139,9 +133,8 @@ def test_two_rounds_by_hand_with_unlike_architectures(tiny_root: Path, tmp_path:
         torch.testing.assert_close(rule.vectors[client.id].double(), vectors[client.id], rtol=1e-4, atol=1e-6)
         # Each is sent to others by the place that all architectures have.
         assert len(rule.adapters[client.id]) == len([name for name in mine if ".local." in name])
-    assert not any(
-        torch.equal(run.loop.initial[n], x) for n, x in run.clients[1].personal.items() if n.endswith("gate")
-    )
+    gates = [name for name in run.clients[1].personal if name.endswith("gate")]
+    assert gates and all(run.clients[1].personal[name] != 0 for name in gates)
 
 
 def run_of(tiny_root: Path, folder: Path, *overrides: str) -> Federation:
@@ -150,17 +143,17 @@ def run_of(tiny_root: Path, folder: Path, *overrides: str) -> Federation:
     return run
 
 
+@pytest.mark.slow
 def test_at_share_0_clients_train_alone(tiny_root: Path, tmp_path: Path) -> None:
     """Whoever else is there; with another share they do not."""
-    alone = {}
-    for name, more in {"all": [], "two": ["cohort.number=2"], "mixed": ["module.mix=0.5"]}.items():
-        alone[name] = run_of(tiny_root, tmp_path / name, "module.mix=0", "aggregator.tau=0.1", *more)
-    one = federation(tiny_root, tmp_path / "one", *MOSAIC, "module.mix=0", "loop.rounds=2")
+    alone = run_of(tiny_root, tmp_path / "all", "module.mix=0")
+    mixed = run_of(tiny_root, tmp_path / "mixed", "module.mix=0.5")
+    one = federation(tiny_root, tmp_path / "one", *MOSAIC, "module.mix=0")
     one.loop.cohort.draw = lambda clients, round, seed: clients[:1]  # type: ignore[method-assign]
     one.fit()
-    assert_same(alone["all"].clients[0].personal, one.clients[0].personal)
+    assert_same(alone.clients[0].personal, one.clients[0].personal)
     with pytest.raises(AssertionError):
-        assert_same(alone["all"].clients[0].personal, alone["mixed"].clients[0].personal)
+        assert_same(alone.clients[0].personal, mixed.clients[0].personal)
 
 
 def test_who_is_alone_gets_its_own_and_a_great_tau_takes_all_alike() -> None:
@@ -194,16 +187,20 @@ def test_only_adapters_and_what_data_are_like_travel(tiny_root: Path, tmp_path: 
 
 
 def test_aligned_adapters_say_the_same_of_the_same_inputs() -> None:
-    """Another basis of the same hidden space gives the same inner values, and outputs of correlation 1."""
+    """Of equal hidden states A is the first one's, and B gives outputs as spread as a random one's."""
     torch.manual_seed(0)
-    module = MosaicModel(tiny_transformer(3), 3, 3, 8, {"other": narrow(3)}, parts=2, rank=2, public=64)
+    first = tiny_transformer(3)
+    module = MosaicModel(first, 3, 3, 8, {"same": copy.deepcopy(first), "other": narrow(3)}, parts=2, rank=2)
     x = torch.randn(64, 3, 8, 8)
+    before = {p: module.pair("same", key).get_buffer("fixed_b").clone() for p, key in module.invariant("same").items()}
     module.align(x)
-    for place, key in module.invariant("other").items():
-        a = module.pair("other", key).get_buffer("fixed_a")
-        torch.testing.assert_close(a @ a.T, torch.eye(2))
-        first = module.pair("model", module.invariant("model")[place])
-        assert not torch.equal(first.get_buffer("fixed_a")[:, :6], a)
+    for place, h in module._pooled("model", x).items():
+        pivot, ours, other = (module.pair(name, module.invariant(name)[place]) for name in ("model", "same", "other"))
+        a, b = ours.get_buffer("fixed_a"), ours.get_buffer("fixed_b")
+        torch.testing.assert_close(a, pivot.get_buffer("fixed_a"), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(other.get_buffer("fixed_a") @ other.get_buffer("fixed_a").T, torch.eye(2))
+        inner = (h @ a.double().T).float()
+        torch.testing.assert_close((inner @ b.T).T.cov(), (inner @ before[place].T).T.cov(), rtol=0.05, atol=1e-3)
     h = torch.randn(500, 8, dtype=torch.float64)
     turn = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
     torch.testing.assert_close(h @ turn @ canonical_map(h, h @ turn), h @ turn @ turn.T, rtol=1e-2, atol=1e-2)
