@@ -92,8 +92,9 @@ class MosaicModel(FederatedModule):
     orthonormal, B by canonical correlation (:func:`canonical_map`).
 
     Read from the paper's summaries and facts of the authors' code. There, public data align, token by token, and A
-    takes gradient steps; here random inputs do, by the means over their tokens, in closed form. In the code, not in the
-    paper, a layer's share depends on its input. Heads are the clients' own: there is one vocabulary, here are classes.
+    takes gradient steps; here random inputs do, in closed form, and by the means over tokens where numbers of tokens
+    differ. In the code, not in the paper, a layer's share depends on its input. Heads are the clients' own: there is
+    one vocabulary, here are classes.
 
     Args:
         model: The first architecture, as in :class:`FederatedModule`.
@@ -194,9 +195,9 @@ class MosaicModel(FederatedModule):
     @torch.no_grad()
     def align(self, inputs: Tensor) -> None:
         """Make the fixed parts of the other architectures' adapters fit those of the first, on some inputs (N, ...)."""
-        first = self._pooled(FIRST, inputs)
+        first = self.inputs(FIRST, inputs)
         for name in self.others:
-            own = self._pooled(name, inputs)
+            own = self.inputs(name, inputs)
             for place, key in self.invariant(name).items():
                 ours, theirs = self.pair(name, key), self.pair(FIRST, self.invariant(FIRST)[place])
                 a, b, pivot = (
@@ -204,13 +205,14 @@ class MosaicModel(FederatedModule):
                     ours.get_buffer("fixed_b"),
                     theirs.get_buffer("fixed_b").double(),
                 )
-                inner = first[place] @ theirs.get_buffer("fixed_a").double().T
-                a.copy_(closest_orthonormal(least_squares(own[place], inner).T))
-                mapped = canonical_map(inner @ pivot.T, own[place] @ a.double().T @ b.double().T)
+                h, other = _alike(own[place], first[place])
+                inner = other @ theirs.get_buffer("fixed_a").double().T
+                a.copy_(closest_orthonormal(torch.linalg.lstsq(h, inner, rcond=1e-6, driver="gelsd").solution.T))
+                mapped = canonical_map(inner @ pivot.T, h @ a.double().T @ b.double().T)
                 b.copy_(mapped @ pivot)
 
-    def _pooled(self, name: str, inputs: Tensor) -> dict[str, Tensor]:
-        """Return the means over tokens of what comes into each layer with adapters of one size, float64 (N, in)."""
+    def inputs(self, name: str, inputs: Tensor) -> dict[str, Tensor]:
+        """Return what comes into each layer with adapters of one size, by its place, float64 (N, tokens, in)."""
         found: dict[str, Tensor] = {}
         backbone = self.backbone_of(name)
         hooks = [
@@ -265,7 +267,7 @@ class MosaicModel(FederatedModule):
         return logits
 
     def relevance(self, batch: Batch) -> Tensor:
-        """Return the gradient (out, in) of a batch's loss by the last linear layer of the first architecture, as begun."""
+        """Return the gradient (out, in) of a batch's loss by the last linear layer of the first backbone."""
         x, y = batch
         layers = [name for name, part in self.backbone.named_modules() if isinstance(part, nn.Linear)]
         name = f"{layers[-1]}.weight"
@@ -428,13 +430,6 @@ def closest_orthonormal(matrix: Tensor) -> Tensor:
     return u @ v
 
 
-def least_squares(x: Tensor, y: Tensor) -> Tensor:
-    """Return M (D, E) such that x M is nearest to y, for x (N, D) and y (N, E), with a faint ridge."""
-    square = x.T @ x
-    ridge = 1e-6 * square.diagonal().mean() * torch.eye(len(square), dtype=x.dtype, device=x.device)
-    return torch.linalg.solve(square + ridge, x.T @ y)
-
-
 def canonical_map(x: Tensor, y: Tensor, ridge: float = 1e-4) -> Tensor:
     r"""Return the map (E, D) from one set of outputs to another by their canonical correlations.
 
@@ -476,9 +471,16 @@ def _places(layers: Sequence[str], backbone: nn.Module, parts: int, where: str) 
 
 def _keep(found: dict[str, Tensor], place: str) -> Callable[..., None]:
     def keep(_: nn.Module, inputs: tuple[Tensor, ...], __: Tensor) -> None:
-        found[place] = inputs[0].double().flatten(1, -2).mean(1).cpu()
+        found[place] = inputs[0].double().flatten(1, -2).cpu()
 
     return keep
+
+
+def _alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two (N, tokens, D) as rows that belong together: tokens, or their means where there are not as many."""
+    if one.shape[1] == other.shape[1]:
+        return one.flatten(0, 1), other.flatten(0, 1)
+    return one.mean(1), other.mean(1)
 
 
 def _add(pair: TwoAdapters) -> Callable[..., Tensor]:
