@@ -175,7 +175,7 @@ class MosaicModel(FederatedModule):
 
     def pair(self, name: str, key: str) -> TwoAdapters:
         """Return the two adapters of a layer of an architecture."""
-        found = self.adapters[name].get_submodule(key)  # type: ignore[operator]
+        found = self.adapters[name].get_submodule(key)
         assert isinstance(found, TwoAdapters)
         return found
 
@@ -427,7 +427,8 @@ def similarity(one: Tensor, other: Tensor) -> Tensor:
 def closest_orthonormal(matrix: Tensor) -> Tensor:
     """Return the matrix with orthonormal rows, or columns if it is taller, that is nearest to a given one."""
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    return u @ v
+    nearest: Tensor = u @ v
+    return nearest
 
 
 def canonical_map(x: Tensor, y: Tensor, ridge: float = 1e-4) -> Tensor:
@@ -443,12 +444,14 @@ def canonical_map(x: Tensor, y: Tensor, ridge: float = 1e-4) -> Tensor:
     x, y = x - x.mean(0), y - y.mean(0)
     root_x, root_y = (_root(one.T @ one / len(one) + ridge * torch.eye(one.shape[1]).to(one)) for one in (x, y))
     u, _, v = torch.linalg.svd(root_y.inverse() @ (y.T @ x / len(x)) @ root_x.inverse(), full_matrices=False)
-    return root_y @ u @ v @ root_x.inverse()
+    found: Tensor = root_y @ u @ v @ root_x.inverse()
+    return found
 
 
 def _root(square: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(square)
-    return (vectors * values.sqrt()) @ vectors.T
+    root: Tensor = (vectors * values.sqrt()) @ vectors.T
+    return root
 
 
 def _places(layers: Sequence[str], backbone: nn.Module, parts: int, where: str) -> dict[str, tuple[str, str | None]]:
@@ -485,6 +488,7 @@ def _alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 
 def _add(pair: TwoAdapters) -> Callable[..., Tensor]:
     def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + pair(inputs[0])
+        changed: Tensor = output + pair(inputs[0])
+        return changed
 
     return add
