@@ -99,11 +99,11 @@ def test_a_run_resumes_there(tiny_root: Path, tmp_path: Path) -> None:
     in_a_process_of_its_own(resumed, tiny_root, tmp_path)
 
 
-def same_reads(tiny_root: Path, folder: Path, method: str) -> None:
+def same_reads(tiny_root: Path, folder: Path, *words: str) -> None:
     counts = []
     for epochs in "14":
         before = calls["read"]
-        overrides = [f"method={method}", f"trainer.max_epochs={epochs}", "optimizer.lr=0.01"]
+        overrides = [*words, f"trainer.max_epochs={epochs}", "optimizer.lr=0.01"]
         train(tiny_root, folder / epochs, *overrides, rounds=1)
         counts.append(calls["read"] - before)
     assert 0 < counts[0] == counts[1]
@@ -113,7 +113,19 @@ def same_reads(tiny_root: Path, folder: Path, method: str) -> None:
     "method", ["fedavg", "apfl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("scaffold", "virtual"))]
 )
 def test_no_step_waits_for_the_device(method: str, tiny_root: Path, tmp_path: Path) -> None:
-    in_a_process_of_its_own(same_reads, tiny_root, tmp_path, method)
+    in_a_process_of_its_own(same_reads, tiny_root, tmp_path, f"method={method}")
+
+
+def test_no_step_of_many_clients_does(tiny_root: Path, tmp_path: Path) -> None:
+    """With all that a step may hold: statistics, draws, rates of their own, gradients edited."""
+    words = [
+        "method=scaffold",
+        "executor=cohort",
+        "model._target_=tests.executors.test_cohort.mixing_model",
+        "scheduler={_target_: torch.optim.lr_scheduler.ExponentialLR, _partial_: true, gamma: 0.9}",
+        "local.scheduler_interval=step",
+    ]
+    in_a_process_of_its_own(same_reads, tiny_root, tmp_path, *words)
 
 
 def operations(make: Callable[[Workload], Callable[[], None]], **workload: int) -> tuple[float, float]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from fl_lightning.callback import FederatedCallback
@@ -142,15 +143,7 @@ class FreezeSchedule(FederatedCallback):
         """Scale rates rather than set them: schedulers and ``context.lr_factor`` then keep their say."""
         ratio = 1.0 if phase.lr is None else phase.lr / trainer.optimizers[0].defaults["lr"]
         factor, self._lr_ratio = ratio / self._lr_ratio, ratio
-        if factor == 1.0:
-            return
-        for optimizer in trainer.optimizers:
-            for group in optimizer.param_groups:
-                for key in {"lr", "initial_lr"} & group.keys():
-                    group[key] *= factor
-        for config in trainer.lr_scheduler_configs:
-            if hasattr(config.scheduler, "base_lrs"):
-                config.scheduler.base_lrs = [lr * factor for lr in config.scheduler.base_lrs]
+        scale_rates(trainer.optimizers, [config.scheduler for config in trainer.lr_scheduler_configs], factor)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -166,6 +159,19 @@ class FreezeSchedule(FederatedCallback):
         self._trainable = []
         self._starts = []
         module.train()
+
+
+def scale_rates(optimizers: Iterable[Optimizer], schedulers: Iterable[Any], factor: float) -> None:
+    """Multiply learning rates, and what schedulers make them from."""
+    if factor == 1.0:
+        return
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for key in {"lr", "initial_lr"} & group.keys():
+                group[key] *= factor
+    for scheduler in schedulers:
+        if hasattr(scheduler, "base_lrs"):
+            scheduler.base_lrs = [lr * factor for lr in scheduler.base_lrs]
 
 
 def freeze(

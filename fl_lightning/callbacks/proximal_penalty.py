@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 from torch.optim import Optimizer
-from typing_extensions import override
+from typing_extensions import Self, override
 
-from fl_lightning.callback import FederatedCallback
 from fl_lightning.checks import at_least
-from fl_lightning.fit.gradients import add_pull, refuse_scaled_gradients, stepped
+from fl_lightning.fit.gradients import GradientEdit, add_pull, refuse_scaled_gradients, stepped
+from fl_lightning.state import Layout, State
 
 
-class ProximalPenalty(FederatedCallback):
+class ProximalPenalty(GradientEdit):
     r"""Pulls the parameters towards where the fit began, by :math:`\frac{\mu}{2}\lVert w - w^t \rVert^2`.
 
     Li et al., Federated Optimization in Heterogeneous Networks, MLSys 2020, https://arxiv.org/abs/1812.06127.
@@ -45,3 +48,13 @@ class ProximalPenalty(FederatedCallback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start = {}
+
+    @override
+    def begin_rows(self, clients: Sequence[Self], start: State, layout: Layout) -> State:
+        [rows] = layout.join(start).values()
+        return {"start": rows} if self.mu else {}
+
+    @override
+    def edit_rows(self, held: State, rows: Tensor, gradients: Tensor, alive: Tensor) -> None:
+        if self.mu:
+            gradients.add_(rows - held["start"], alpha=self.mu)

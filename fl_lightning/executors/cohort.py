@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import operator
-from bisect import bisect_left
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -15,24 +14,36 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import override
 
 from fl_lightning.callback import FederatedCallback
-from fl_lightning.callbacks.freeze_schedule import FreezeSchedule
-from fl_lightning.callbacks.proximal_penalty import ProximalPenalty
+from fl_lightning.callbacks.freeze_schedule import FreezeSchedule, Phase, freeze, scale_rates
 from fl_lightning.checks import at_least
 from fl_lightning.client import Broadcast, Client, Exam, Fit, Scores, Update
-from fl_lightning.data.batches import Batches, IndexBatches
-from fl_lightning.data.transforms import is_per_image
+from fl_lightning.data.batches import Batches
+from fl_lightning.executors.cohort_batches import padded_steps, stack_sizes
+from fl_lightning.executors.cohort_step import (
+    DROPOUTS,
+    NORMS,
+    CohortStep,
+    Inputs,
+    MixingLayers,
+    RecordedStep,
+    Rows,
+    draw_side_by_side,
+    record_cuda_graph,
+)
 from fl_lightning.executors.executor import Message, Simulation
+from fl_lightning.fit.gradients import GradientEdit
 from fl_lightning.fit.local import FitPlan, LocalTraining
 from fl_lightning.module import FederatedModule
-from fl_lightning.state import DeviceCopy, Layout, Packed, State, all_finite, bring, match
+from fl_lightning.seeding import derive_seed
+from fl_lightning.state import DeviceCopy, Layout, Packed, State, all_finite, bring
 
 #: Optimizers that treat every number by itself, so that those of many clients may stand side by side.
 OPTIMIZERS = (SGD, Adam, AdamW, Adagrad, RMSprop)
@@ -41,9 +52,6 @@ OPTIMIZERS = (SGD, Adam, AdamW, Adagrad, RMSprop)
 ARGUMENTS = ("accelerator", "benchmark", "deterministic", "devices", "max_epochs")
 
 BF16 = "bf16-mixed"
-
-#: Callbacks whose client half is done here as well.
-CALLBACKS = (FreezeSchedule, ProximalPenalty)
 
 #: Hooks that run at the server, whatever trains the clients.
 SERVER_HOOKS = {
@@ -76,12 +84,12 @@ class Stretch:
     Attributes:
         epochs: How many.
         names: The parameters that train.
-        lr: Learning rate, in the place of the optimizer's; None: that.
+        phase: Of the freeze schedule, which says so; None: there is none.
     """
 
     epochs: int
     names: frozenset[str]
-    lr: float | None = None
+    phase: Phase | None = None
 
 
 class CohortExecutor(Simulation):
@@ -89,38 +97,64 @@ class CohortExecutor(Simulation):
 
     A step of a small network is over before an accelerator has been told of the next one; a hundred clients a step take
     hardly longer than one. The result is that of the serial executor but for the last bits of floating point: batches,
-    their order and the number of steps are each client's own, filled up to a common size with examples that count
-    nothing. On a CPU this is slower than ``executor=processes``.
+    their order, what dropout draws and the number of steps are each client's own, filled up to a common size with
+    examples that count nothing. (On a GPU dropout draws what it would on a CPU.) On a CPU this is slower than
+    ``executor=processes``.
 
     It is for methods whose client half treats every number of the model by itself: FedAvg and its relatives at the
-    server, FedProx, freezing. Anything else is refused.
+    server, FedProx, SCAFFOLD, FedDyn, freezing. Anything else is refused.
 
     Args:
         clients: Clients trained at once, at least 1; bounds the memory on the device.
+        graph: Whether a step is recorded once as a CUDA graph, and then launched as one for every batch. The recording
+            is kept for as long as rounds have as many clients and as large batches.
     """
 
     trains_here = True
 
-    def __init__(self, clients: int = 100) -> None:
+    def __init__(self, clients: int = 100, graph: bool = False) -> None:
         at_least("clients", clients, 1)
         self.clients_at_once = clients
+        self.graph = graph
 
     @override
     def setup(self, local: LocalTraining, clients: Sequence[Client]) -> None:
         """Get ready.
 
         Raises:
-            ValueError: If the method, the model or the Trainer asks for what cannot be done for many clients at once.
+            ValueError: If the method, the model or the Trainer asks for what cannot be done for many clients at once,
+                or a graph is asked for where there is no CUDA, or with an optimizer that cannot be recorded.
         """
         super().setup(local, clients)
         reason = why_not(local)
         if reason is not None:
             raise ValueError(f"executor=cohort cannot train this, because {reason}; take executor=serial or processes")
+        if self.graph:
+            self._check_graph(local)
         local.module.to(local.device)
+        self.layers = MixingLayers(local.module)
         self.stretches = list(stretches(local))
+        learning_rates(local, self.stretches, 1)
         assert isinstance(local.trainer, partial)
         self.mixed = local.trainer.keywords.get("precision") == BF16
-        self.mu = sum(callback.mu for callback in local.callbacks if isinstance(callback, ProximalPenalty))
+        self._recorded: dict[int, tuple[Any, RecordedStep]] = {}
+
+    def _check_graph(self, local: LocalTraining) -> None:
+        if local.device.type != "cuda":
+            raise ValueError(
+                f"executor.graph must be false without CUDA, got true on {local.device.type}; set trainer=gpu, or "
+                "executor.graph=false"
+            )
+        optimizer = local.optimizer([nn.Parameter(torch.zeros(1))])
+        [group] = optimizer.param_groups
+        if "capturable" not in group and not (type(optimizer) is SGD and group["dampening"] == 0):
+            raise ValueError(
+                f"executor.graph must be false with this {type(optimizer).__name__}, got true; take SGD without "
+                "dampening, Adam, AdamW or RMSprop"
+            )
+
+    def _record(self, work: Callable[[], None]) -> Callable[[], None]:
+        return record_cuda_graph(work, self.local.device)
 
     @override
     def _answers(self, tasks: Iterable[tuple[Client, Message]]) -> Iterator[Fit | Scores | Exception]:
@@ -144,15 +178,44 @@ class CohortExecutor(Simulation):
     def _fit(self, training: Sequence[tuple[Client, Broadcast]]) -> list[Fit]:
         """Train clients side by side, and divide what comes out into what is sent and what stays."""
         local = self.local
+        training = [
+            (replace(client, data=local.sized(client.data), memory=dict(client.memory)), broadcast)
+            for client, broadcast in training
+        ]
         # Those with the most steps first: who still trains is then always the beginning of the stack.
-        training = sorted(training, key=lambda task: -len(task[0].data.train_dataloader()))
+        training.sort(key=lambda task: -len(task[0].data.train_dataloader()))
         starts = [local.start(client, broadcast) for client, broadcast in training]
-        trained = frozenset[str]().union(*(stretch.names for stretch in self.stretches))
-        stacked, common = stack(starts, trained, local.sent)
+        edits = {one: [copy(one) for _ in training] for one in local.callbacks if isinstance(one, GradientEdit)}
+        for own in edits.values():
+            for callback, (client, broadcast) in zip(own, training, strict=True):
+                callback.on_client_start(client, local.module, broadcast)
+        moving = frozenset(self.layers.statistics).union(*(stretch.names for stretch in self.stretches))
+        stacked, common = stack(starts, moving, local.sent)
         loaders = [client.data.train_dataloader() for client, _ in training]
+        self.layers.smallest_batch = min(min(loader.sizes) for loader in loaders)
+        generators = [
+            torch.Generator().manual_seed(derive_seed(local.seed, "fit", broadcast.round, client.id))
+            for client, broadcast in training
+        ]
+        rates = {number: learning_rates(local, self.stretches, number) for number in {len(one) for one in loaders}}
         total = torch.zeros(len(training), device=local.device)
-        for stretch in self.stretches:
-            total += self._run(loaders, stacked, common, stretch)
+        start = dict(stacked)
+        for place, stretch in enumerate(self.stretches):
+            numbers = [stretch.epochs * len(loader) for loader in loaders]
+            layout = Layout(tuple((n, x.dtype, x.shape[1:]) for n, x in stacked.items() if n in stretch.names))
+            # One tensor of all that trains, (K, n): the optimizer steps once, and a client is a row.
+            [flat] = layout.join(stacked).values()
+            rest = {n: x for n, x in stacked.items() if n not in stretch.names}
+            rest |= {n: rest[n].clone(memory_format=torch.contiguous_format) for n in self.layers.statistics}
+            held = [callback.begin_rows(own, start, layout) for callback, own in edits.items()]
+            with held_still(local, stretch.phase):
+                rows = Rows(flat, rest, common, held)
+                own_rates = [rates[len(loader)][place] for loader in loaders]
+                rows = self._run(place, stretch, loaders, generators, own_rates, layout, rows, list(edits))
+            stacked = {**layout.views({flat.dtype: rows.flat}), **rows.rest}
+            total += rows.total
+            for (callback, own), tensors in zip(edits.items(), rows.held, strict=True):
+                callback.end_rows(own, tensors, layout, numbers)
         epochs = sum(stretch.epochs for stretch in self.stretches)
         means = total / torch.tensor([epochs * len(loader) for loader in loaders], device=local.device)
         fixed = local.sharing.fixed_names(local.module)
@@ -160,199 +223,105 @@ class CohortExecutor(Simulation):
             if not torch.equal(stacked[name], local.initial[name].to(local.device).expand_as(stacked[name])):
                 raise ValueError(f"{name} is declared as sharing.fixed, but the fit changed it; freeze it")
         whole = {name: stacked[name] if name in stacked else _repeat(common[name], len(training)) for name in starts[0]}
-        return _divide(training, whole, fixed, means, local.keeps_updates)
+        fits = _divide(training, whole, fixed, means, local.keeps_updates)
+        for own in edits.values():
+            for callback, (client, _), fit in zip(own, training, fits, strict=True):
+                callback.on_client_end(client, local.module, fit.update)
+                fit.memory = client.memory
+        return fits
 
-    def _run(self, loaders: Sequence[Batches], stacked: State, common: State, stretch: Stretch) -> Tensor:
+    def _run(
+        self,
+        place: int,
+        stretch: Stretch,
+        loaders: Sequence[Batches],
+        generators: Sequence[torch.Generator],
+        rates: Sequence[Sequence[float]],
+        layout: Layout,
+        rows: Rows,
+        edits: Sequence[GradientEdit],
+    ) -> Rows:
         """Train for some epochs.
 
         Args:
-            loaders: The clients' batches, the longest first.
-            stacked: The tensors that are each client's own, (K, ...); those that train are replaced.
-            common: Those that are the same for all.
+            place: Which stretch of the fit this is.
             stretch: How long, and what trains.
+            loaders: The clients' batches, the longest first.
+            generators: What each client's dropout draws from.
+            rates: The learning rate of each step of each client.
+            layout: How the parameters that train lie in a row.
+            rows: The clients' tensors, in the same order; written to.
+            edits: Edits of gradients.
 
         Returns:
-            Each client's sum of losses, (K,).
+            The tensors after it.
         """
-        module, device = self.local.module, self.local.device
-        layout = Layout(tuple((n, x.dtype, x.shape[1:]) for n, x in stacked.items() if n in stretch.names))
-        # One tensor of all that trains, (K, n): the optimizer steps once, and a client is a row.
-        [flat] = layout.join(stacked).values()
-        stacked.update(layout.views({flat.dtype: flat}))
-        origin = flat.clone() if self.mu else flat
-        numbers = [stretch.epochs * len(loader) for loader in loaders]
-        sizes = stack_sizes(numbers)
-        # What a client has after its own last step, as long as it stays in the stack, where momentum carries it on.
-        ended = torch.empty_like(flat) if sum(sizes) > sum(numbers) else None
-        optimizer = self.local.optimizer([flat])
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr"] if stretch.lr is None else stretch.lr
-        precision = torch.autocast(device.type, torch.bfloat16) if self.mixed else nullcontext()
-        step = vmap(grad_and_value(partial(batch_loss, module, precision)), in_dims=(0, 0, None, 0, 0, 0))
-        total = torch.zeros(len(loaders), device=device)
-        rows, active = flat, len(loaders)
-        parameters, rest = _parts(stacked, layout, len(flat))
-        for number, (x, y, weight) in enumerate(padded_steps(loaders, stretch.epochs, sizes, device), 1):
-            if len(x) < len(rows):
-                rows = _shrink(optimizer, rows, len(x))
-                parameters, rest = _parts(stacked, layout, len(x))
-            gradients, losses = step(parameters, rest, common, x, y, weight)
-            total[:active].add_(losses[:active])
-            [rows.grad] = layout.join(gradients).values()
-            if self.mu:
-                rows.grad.add_(rows - origin[: len(rows)], alpha=self.mu)
-            optimizer.step()
-            left = sum(n > number for n in numbers[:active])
-            following = sizes[number] if number < len(sizes) else 0
-            if ended is not None:
-                again = slice(max(active, following), len(rows))
-                if again.start < again.stop:
-                    flat[again] = ended[again]
-                now = slice(left, min(active, following))
-                if now.start < now.stop:
-                    ended[now] = flat[now]
-            active = left
-        return total
+        device, layers = self.local.device, self.layers
+        sizes = stack_sizes([len(own) for own in rates])
+        best = max(map(max, rates)) or 1.0
+        several = any(rate != best for own in {len(own): own for own in rates}.values() for rate in own)
+        partly = several or sum(sizes) > sum(map(len, rates))
+        shares = torch.ones(1, 1, 1, device=device).expand(len(sizes), len(loaders), 1)
+        if partly:
+            table = [[rate / best for rate in own] + [0.0] * (len(sizes) - len(own)) for own in rates]
+            shares = torch.tensor(table).T.unsqueeze(2).to(device)
+        places: list[tuple[nn.Module, torch.Size]] | None = None
+        step: CohortStep | RecordedStep | None = None
+        for number, (x, y, weight) in enumerate(padded_steps(loaders, stretch.epochs, sizes, device)):
+            if places is None:
+                first = {n: t[0] for n, t in {**layout.views({rows.flat.dtype: rows.flat}), **rows.rest}.items()}
+                places = layers.places({**first, **rows.common}, x[0])
+            noise = []
+            if places:
+                taken = zip(loaders[: len(x)], rates, strict=False)
+                lengths = [one.sizes[number % len(one)] if number < len(own) else 0 for one, own in taken]
+                noise = draw_side_by_side(places, lengths, x.shape[1], generators, device)
+            inputs = Inputs(x, y, weight, noise, shares[number, : len(x)])
+            if step is None:
+                step = self._step(place, layout, rows, edits, best, partly, inputs)
+            with layers.in_place():
+                step(inputs)
+        return step.step.rows if isinstance(step, RecordedStep) else rows
+
+    def _step(
+        self,
+        place: int,
+        layout: Layout,
+        rows: Rows,
+        edits: Sequence[GradientEdit],
+        lr: float,
+        partly: bool,
+        inputs: Inputs,
+    ) -> CohortStep | RecordedStep:
+        """Return what takes a step: as it is written, or recorded now or in a round before."""
+
+        def optimizer(flat: Tensor) -> Optimizer:
+            made = self.local.optimizer([flat])
+            for group in made.param_groups:
+                group["lr"] = lr
+                if self.graph and "capturable" in group:
+                    group["capturable"] = True
+            return made
+
+        precision: AbstractContextManager[Any] = nullcontext()
+        if self.mixed:
+            # What is remembered of casts would be remembered of the recording.
+            precision = torch.autocast(self.local.device.type, torch.bfloat16, cache_enabled=not self.graph)
+        step = partial(CohortStep, self.layers, precision, layout, edits, optimizer, partly=partly)
+        if not self.graph:
+            return step(rows)
+        given = [*rows.tensors().items(), *enumerate(inputs.tensors())]
+        key = (layout, lr, partly, [(name, tensor.dtype, tensor.shape) for name, tensor in given])
+        if self._recorded.get(place, (None,))[0] != key:
+            own = Rows(rows.flat.clone(), _copies(rows.rest), _copies(rows.common), [_copies(one) for one in rows.held])
+            self._recorded[place] = key, RecordedStep(step(own), inputs, self._record)
+        recorded = self._recorded[place][1]
+        recorded.begin(rows.tensors())
+        return recorded
 
 
-def stack_sizes(numbers: Sequence[int]) -> list[int]:
-    """Return how many clients each step computes, so that few are computed for nothing, and few sizes occur.
-
-    A new size may cost an accelerator a search for its fastest kernels. So the sizes are those that grow by a seventh,
-    and the stack shrinks when the next smaller one will do.
-
-    Args:
-        numbers: The steps of each client, the largest first.
-    """
-    ladder = [1]
-    while ladder[-1] < len(numbers):
-        ladder.append(max(ladder[-1] + 1, ladder[-1] * 8 // 7))
-    sizes = []
-    size = active = len(numbers)
-    for step in range(numbers[0]):
-        while numbers[active - 1] <= step:
-            active -= 1
-        size = min(size, ladder[bisect_left(ladder, active)])
-        sizes.append(size)
-    return sizes
-
-
-def _parts(stacked: State, layout: Layout, size: int) -> tuple[State, State]:
-    """The tensors of the first clients, those that train and the others."""
-    names = {name for name, _, _ in layout.parts}
-    first = {name: tensor[:size] for name, tensor in stacked.items()}
-    return {n: x for n, x in first.items() if n in names}, {n: x for n, x in first.items() if n not in names}
-
-
-def _shrink(optimizer: Optimizer, rows: Tensor, size: int) -> Tensor:
-    """Leave the optimizer the first rows alone, and of what it remembers of each number the part that is theirs."""
-    fewer = rows[:size]
-    state = optimizer.state.pop(rows, {})
-    optimizer.state[fewer] = {
-        key: value[:size] if isinstance(value, Tensor) and value.shape == rows.shape else value
-        for key, value in state.items()
-    }
-    for group in optimizer.param_groups:
-        group["params"] = [fewer]
-    return fewer
-
-
-def batch_loss(
-    module: FederatedModule,
-    precision: AbstractContextManager[Any],
-    parameters: State,
-    rest: State,
-    common: State,
-    x: Tensor,
-    y: Tensor,
-    weight: Tensor,
-) -> Tensor:
-    """The loss of one client's batch, the mean over examples of weight 1; those of weight 0 fill up."""
-    with precision:
-        logits = functional_call(module, {**parameters, **rest, **common}, (x,))
-        losses = functional.cross_entropy(logits, y, reduction="none", label_smoothing=module.label_smoothing)
-        return (losses * weight).sum() / weight.sum().clamp(min=1.0)
-
-
-def padded_steps(
-    loaders: Sequence[Batches], epochs: int, sizes: Sequence[int], device: torch.device
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The batches of several clients side by side.
-
-    Args:
-        loaders: The clients' batches, seeded, those of the client with the most steps first.
-        epochs: How many epochs of each.
-        sizes: Of how many clients each step is.
-        device: Where batches are wanted.
-
-    Yields:
-        x (K, B, ...), y (K, B), and weights (K, B) which are 1 for examples and 0 for what fills up.
-    """
-    if one_gather_will_do(loaders):
-        yield from _gathered_steps(loaders, epochs, sizes, device)
-        return
-    streams = [_stream(loader, epochs) for loader in loaders]
-    to = partial(Tensor.to, device=device, non_blocking=True)
-    for count in sizes:
-        batches = [next(stream, None) for stream in streams[:count]]
-        first = batches[0]
-        assert first is not None
-        size = max(len(batch[1]) for batch in batches if batch is not None)
-        xs, ys, weights = [], [], torch.zeros(count, size)
-        for index, batch in enumerate(batches):
-            x, y = batch if batch is not None else (first[0][:0], first[1][:0])
-            weights[index, : len(y)] = 1.0
-            xs.append(_fill(x, size))
-            ys.append(_fill(y, size))
-        yield to(torch.stack(xs)), to(torch.stack(ys)), to(weights)
-
-
-def one_gather_will_do(loaders: Sequence[Batches]) -> bool:
-    """Whether the examples of all clients lie in one pool and are made ready in one way: then a step is one index."""
-    first = loaders[0]
-    return is_per_image(first.transforms) and all(
-        isinstance(loader, IndexBatches)
-        and type(loader) is type(first)
-        and len(loader.transforms) == len(first.transforms)
-        and all(map(operator.is_, loader.transforms, first.transforms))
-        and loader.source is first.source
-        and (loader.normalization.mean, loader.normalization.std) == (first.normalization.mean, first.normalization.std)
-        for loader in loaders
-    )
-
-
-def _gathered_steps(
-    loaders: Sequence[Batches], epochs: int, sizes: Sequence[int], device: torch.device
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """As :func:`padded_steps`, but the host says nothing per client and step; what fills up is some other example."""
-    first = loaders[0]
-    assert isinstance(first, IndexBatches)
-    pool = first.source
-    size = max(max(loader.sizes) for loader in loaders)
-    # Everything that the clients draw, one client and epoch after another, and where in the block of all steps it goes.
-    plans = [loader.plan_epoch() for loader in loaders if isinstance(loader, IndexBatches) for _ in range(epochs)]
-    counts = [number for loader in loaders for number in loader.sizes * epochs]
-    steps = [step for loader in loaders for step in range(epochs * len(loader))]
-    clients = [client for client, loader in enumerate(loaders) for _ in range(epochs * len(loader))]
-    lengths = torch.tensor(counts)
-    begins = (torch.tensor(steps) * len(loaders) + torch.tensor(clients)) * size
-    inner = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-    places = begins.repeat_interleave(lengths) + inner
-
-    def block(parts: Sequence[Tensor]) -> Tensor:
-        values = torch.cat(list(parts))
-        block = values.new_zeros(len(sizes) * len(loaders) * size, *values.shape[1:]).index_copy_(0, places, values)
-        return block.view(len(sizes), len(loaders), size, *values.shape[1:])
-
-    index = block([order for order, _ in plans])
-    weights = block([torch.ones(len(places))]).to(device)
-    drawn = [block(parts).to(pool.device) for parts in zip(*(parts for _, parts in plans), strict=True)]
-    index = index.to(pool.device)
-    for step, count in enumerate(sizes):
-        images, labels = pool.gather(index[step, :count].flatten())
-        prepared = first.prepare_planned(images, [parts[step, :count].flatten(0, 1) for parts in drawn])
-        x, y = (tensor.to(device, non_blocking=True) for tensor in (prepared, labels))
-        yield x.unflatten(0, (count, size)), y.unflatten(0, (count, size)), weights[step, :count]
+def _copies(state: State) -> State:
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
 
 
 def stack(states: Sequence[State], trained: Collection[str], sent: DeviceCopy) -> tuple[State, State]:
@@ -437,32 +406,80 @@ def _rows(tensors: State, names: Sequence[tuple[str, ...]], on_host: bool) -> tu
     return [found[place] for place in range(len(names))], sums
 
 
-def _stream(loader: Batches, epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for _ in range(epochs):
-        yield from loader
-
-
-def _fill(tensor: Tensor, size: int) -> Tensor:
-    if len(tensor) == size:
-        return tensor
-    return torch.cat([tensor, tensor.new_zeros((size - len(tensor), *tensor.shape[1:]))])
-
-
 def stretches(local: LocalTraining) -> Iterator[Stretch]:
     """What trains when, from the freeze schedule if there is one."""
     assert isinstance(local.trainer, partial)
-    module = local.module
-    parameters = frozenset(name for name, parameter in module.named_parameters() if parameter.requires_grad)
     epochs = local.trainer.keywords["max_epochs"]
     schedule = next((callback for callback in local.callbacks if isinstance(callback, FreezeSchedule)), None)
-    if schedule is None:
-        yield Stretch(epochs, parameters)
-        return
-    rest = epochs - sum(phase.epochs or 0 for phase in schedule.phases)
-    for phase in schedule.phases:
-        length = rest if phase.takes_the_rest else phase.epochs or 0
+    phases: Sequence[Phase | None] = [None] if schedule is None else schedule.phases
+    rest = epochs - sum(phase.epochs or 0 for phase in phases if phase is not None)
+    for phase in phases:
+        length = rest if phase is None or phase.takes_the_rest else phase.epochs or 0
         if length:
-            yield Stretch(length, parameters & set(match(local.initial, phase.train)), phase.lr)
+            with held_still(local, phase):
+                named = local.module.named_parameters()
+                yield Stretch(length, frozenset(name for name, p in named if p.requires_grad), phase)
+
+
+@contextmanager
+def held_still(local: LocalTraining, phase: Phase | None) -> Iterator[None]:
+    """Hold still what a phase freezes, parameters and modes, for as long as the context lasts."""
+    local.tensors.train()
+    if phase is None:
+        yield
+        return
+    module = local.module
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    freeze(module, phase.train, phase.batch_norm, trainable)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_()
+        module.train()
+
+
+def learning_rates(local: LocalTraining, stretches: Sequence[Stretch], per_epoch: int) -> list[list[float]]:
+    """Return the learning rate of each step of each stretch, for a client of so many steps an epoch.
+
+    Raises:
+        ValueError: If a scheduler changes anything else.
+    """
+    optimizer = local.optimizer([nn.Parameter(torch.zeros(1))])
+    [group] = optimizer.param_groups
+    before = _all_but_rates(group)
+    scheduler = local.scheduler(optimizer) if local.scheduler is not None else None
+    found = []
+    ratio = 1.0
+    for stretch in stretches:
+        wanted = 1.0
+        if stretch.phase is not None and stretch.phase.lr is not None:
+            wanted = stretch.phase.lr / optimizer.defaults["lr"]
+        scale_rates([optimizer], [] if scheduler is None else [scheduler], wanted / ratio)
+        ratio = wanted
+        if scheduler is None:
+            found.append([group["lr"]] * (stretch.epochs * per_epoch))
+            continue
+        own = []
+        for step in range(1, stretch.epochs * per_epoch + 1):
+            own.append(float(group["lr"]))
+            optimizer.step()
+            if local.scheduler_interval == "step" or step % per_epoch == 0:
+                scheduler.step()
+        found.append(own)
+    if (now := _all_but_rates(group)) != before:
+        names = ", ".join(name for name in now if now[name] != before.get(name))
+        raise ValueError(
+            f"executor=cohort cannot train this, because {type(scheduler).__name__} changes {names}; take "
+            "executor=serial or processes"
+        )
+    return found
+
+
+def _all_but_rates(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr", "max_lr", "min_lr")
+    }
 
 
 def why_not(local: LocalTraining) -> str | None:
@@ -488,7 +505,10 @@ def _trainer_problem(local: LocalTraining) -> str | None:
             return f"trainer.{name} is {value}"
     if local.trainer.keywords.get("max_epochs") in (None, -1):
         return "trainer.max_epochs is not set"
-    return "local.validate is true" if local.validate else None
+    for name in ("validate", "channels_last"):
+        if getattr(local, name):
+            return f"local.{name} is true"
+    return "local.engine is stock" if local.engine == "stock" else None
 
 
 def _module_problem(local: LocalTraining) -> str | None:
@@ -499,15 +519,19 @@ def _module_problem(local: LocalTraining) -> str | None:
     if not module.task.is_plain_cross_entropy:
         return f"task={module.task.name} has another loss than the plain cross-entropy of classes"
     for name, part in module.named_modules():
-        if isinstance(part, _BatchNorm):
-            return f"{name} is a BatchNorm layer, whose statistics mix examples; take a model with GroupNorm"
-        if isinstance(part, _DropoutNd) and part.p:
-            return f"{name} is a dropout layer, whose draws would not be each client's own"
+        if isinstance(part, _BatchNorm) and type(part) not in NORMS:
+            return f"{name} is a {type(part).__name__}, and not one of torch's plain BatchNorm layers"
+        if isinstance(part, _InstanceNorm) and part.track_running_stats:
+            return f"{name} is a {type(part).__name__} with statistics, which would count what fills up"
+        if isinstance(part, _DropoutNd) and part.p and type(part) not in DROPOUTS:
+            return f"{name} is a {type(part).__name__}, and not one of torch's plain dropout layers"
+        if isinstance(part, nn.MultiheadAttention) and part.dropout:
+            return f"{name} draws dropout within attention, not in a layer of its own"
     if len({parameter.dtype for parameter in module.parameters()}) > 1:
         return "the parameters are numbers of several types"
-    if local.scheduler is not None:
-        return "a learning-rate scheduler is set"
     optimizer = local.optimizer([nn.Parameter(torch.zeros(1))])
+    if local.scheduler is not None and isinstance(local.scheduler(optimizer), ReduceLROnPlateau):
+        return "ReduceLROnPlateau waits for a metric"
     if type(optimizer) not in OPTIMIZERS:
         return f"{type(optimizer).__name__} may mix the parameters of clients"
     return None
@@ -518,17 +542,24 @@ def _callback_problem(local: LocalTraining) -> str | None:
         if isinstance(callback, FreezeSchedule):
             if any(phase.steps is not None for phase in callback.phases):
                 return "a phase of the freeze schedule is given in steps, which are not the same for all clients"
-        elif type(callback) not in CALLBACKS and (hook := _client_hook(callback)) is not None:
+        elif (hook := _client_hook(callback)) is not None:
             return f"{type(callback).__name__} has {hook}, which acts on one client at a time"
     return None
 
 
 def _client_hook(callback: Callback) -> str | None:
-    """A hook of the client half that a callback overrides."""
+    """A hook of the client half that a callback has, and that nothing does for many clients."""
+    kind = type(callback)
+    edit = _owner(kind, "edit_rows") if isinstance(callback, GradientEdit) else object
     for name in dir(FederatedCallback):
-        base = getattr(FederatedCallback, name)
-        if name.startswith("_") or name in SERVER_HOOKS or not callable(base):
+        if name.startswith("_") or name in SERVER_HOOKS or not callable(getattr(FederatedCallback, name)):
             continue
-        if getattr(type(callback), name, base) is not base:
+        # A subclass that changes a hook of a gradient edit does not do what the edit does.
+        if not issubclass(FederatedCallback, owner := _owner(kind, name)) and not issubclass(edit, owner):
             return name
     return None
+
+
+def _owner(kind: type, name: str) -> type:
+    """The class from which a class has something."""
+    return next((one for one in kind.__mro__ if name in vars(one)), object)

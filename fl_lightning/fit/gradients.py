@@ -2,13 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import Self
+
+from fl_lightning.callback import FederatedCallback
+from fl_lightning.state import Layout, State
+
+
+class GradientEdit(FederatedCallback, ABC):
+    """A callback whose client half edits gradients number by number, so that it serves many clients in one pass.
+
+    Where clients train side by side (``executor=cohort``), the parameters of K clients are the rows of one tensor. Each
+    client then has a copy of the callback, whose ``on_client_start`` and ``on_client_end`` are called as ever, but with
+    no client's tensors in the module; the methods here stand in the place of Lightning's hooks.
+    """
+
+    @abstractmethod
+    def begin_rows(self, clients: Sequence[Self], start: State, layout: Layout) -> State:
+        """Return the tensors that the edit needs, of shape (K, n) or (1, n) beside rows (K, n).
+
+        Args:
+            clients: The copies of this callback, one for each client.
+            start: All tensors of the models as the fit began, (K, ...).
+            layout: How the parameters that train lie in a row.
+        """
+
+    @abstractmethod
+    def edit_rows(self, held: State, rows: Tensor, gradients: Tensor, alive: Tensor) -> None:
+        """Edit gradients in place; every call must be the same operations on the same tensors.
+
+        Args:
+            held: What :meth:`begin_rows` gave.
+            rows: The parameters, (K, n).
+            gradients: Their gradients, (K, n).
+            alive: 1 for clients that still train, 0 for the others, (K, 1).
+        """
+
+    def end_rows(self, clients: Sequence[Self], held: State, layout: Layout, steps: Sequence[int]) -> None:
+        """Hand to each client's copy what it needs in ``on_client_end``; ``steps`` says how many each took."""
 
 
 def stepped(

@@ -33,6 +33,7 @@ from fl_lightning.state import DeviceCopy, State, checksum, overwrite, pack, sna
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from fl_lightning.data.client_data import ClientData
     from fl_lightning.module import FederatedModule
 
 log = logging.getLogger(__name__)
@@ -278,11 +279,7 @@ class LocalTraining:
             settings: Values of the module in the place of its own (see :class:`FitContext`).
             callbacks: More callbacks, behind the others.
         """
-        batch_size = batch_size or self.batch_size
-        if batch_size is not None and batch_size != client.data.batch_size:
-            data = copy.copy(client.data)
-            data.batch_size = batch_size
-            client = replace(client, data=data)
+        client = replace(client, data=self.sized(client.data, batch_size))
         seed = self.seed if seed is None else seed
         callbacks = [*self.callbacks, *callbacks]
         changes = {"optimizer": optimizer or self.optimizer, "settings": settings or {}}
@@ -295,6 +292,15 @@ class LocalTraining:
         if before is not None:
             before.restore()
         return self._fit(client, broadcast, seed, callbacks, self._context(**changes))
+
+    def sized(self, data: ClientData, batch_size: int | None = None) -> ClientData:
+        """Return a client's data in the batches of these fits."""
+        batch_size = batch_size or self.batch_size
+        if batch_size is None or batch_size == data.batch_size:
+            return data
+        data = copy.copy(data)
+        data.batch_size = batch_size
+        return data
 
     def _fit(
         self, client: Client, broadcast: Broadcast, seed: int, callbacks: Sequence[Callback], context: FitContext

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 from torch.optim import Optimizer
-from typing_extensions import override
+from typing_extensions import Self, override
 
-from fl_lightning.callback import FederatedCallback, Server
+from fl_lightning.callback import Server
 from fl_lightning.checks import at_least
-from fl_lightning.fit.gradients import add_pull, refuse_scaled_gradients, stepped
-from fl_lightning.state import State, with_prefix, without_prefix
+from fl_lightning.fit.gradients import GradientEdit, add_pull, refuse_scaled_gradients, stepped
+from fl_lightning.state import Layout, State, with_prefix, without_prefix
 
 if TYPE_CHECKING:
     from fl_lightning.client import Broadcast, Client, ClientInfo, Update
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 PREFIX = "moved|"
 
 
-class DynamicRegularization(FederatedCallback):
+class DynamicRegularization(GradientEdit):
     r"""Aligns the optima of the clients' losses with that of the federation.
 
     Acar, Zhao, Matas, Mattina, Whatmough, Saligrama, Federated Learning Based on Dynamic Regularization, ICLR 2021,
@@ -62,6 +64,22 @@ class DynamicRegularization(FederatedCallback):
         if self.alpha:
             parameters = stepped(pl_module.named_parameters(), optimizer)
             add_pull([pair for pair in parameters if pair[0] in self._anchor], self._anchor, self.alpha)
+
+    @override
+    def begin_rows(self, clients: Sequence[Self], start: State, layout: Layout) -> State:
+        names = clients[0]._received
+        # What stays at the client is pulled by nothing.
+        anchors = {name: start[name] for name, _, _ in layout.parts}
+        for name in anchors.keys() & names.keys():
+            anchors[name] = torch.stack([one._received[name] - one._moved[name] for one in clients]).to(start[name])
+        weights = {n: x.new_full((1, *x.shape[1:]), self.alpha * (n in names)) for n, x in anchors.items()}
+        [anchor], [weight] = layout.join(anchors).values(), layout.join(weights).values()
+        return {"anchor": anchor, "weight": weight}
+
+    @override
+    def edit_rows(self, held: State, rows: Tensor, gradients: Tensor, alive: Tensor) -> None:
+        if self.alpha:
+            gradients.addcmul_(rows - held["anchor"], held["weight"])
 
     @override
     def on_client_end(self, client: Client, module: FederatedModule, update: Update) -> None:

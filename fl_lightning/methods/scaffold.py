@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 from torch.optim import Optimizer
-from typing_extensions import override
+from typing_extensions import Self, override
 
-from fl_lightning.callback import FederatedCallback, Server
-from fl_lightning.fit.gradients import refuse_scaled_gradients, stepped
-from fl_lightning.state import State, with_prefix, without_prefix
+from fl_lightning.callback import Server
+from fl_lightning.fit.gradients import GradientEdit, refuse_scaled_gradients, stepped
+from fl_lightning.state import Layout, State, with_prefix, without_prefix
 
 if TYPE_CHECKING:
     from fl_lightning.client import Broadcast, Client, ClientInfo, Update
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 PREFIX = "control|"
 
 
-class ControlVariates(FederatedCallback):
+class ControlVariates(GradientEdit):
     r"""Corrects every local gradient by :math:`c - c_i`, so that clients do not drift apart.
 
     Karimireddy et al., SCAFFOLD: Stochastic Controlled Averaging for Federated Learning, ICML 2020,
@@ -55,6 +57,7 @@ class ControlVariates(FederatedCallback):
         self._own = {name: known.get(name, torch.zeros_like(c)) for name, c in self._server.items()}
         self._sums: State = {}
         self._steps: Counter[str] = Counter()
+        self._correction: State = {}
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -74,6 +77,29 @@ class ControlVariates(FederatedCallback):
             torch._foreach_add_([self._sums[name] for name, _ in named], gradients)
             torch._foreach_add_(gradients, [self._correction[name] for name, _ in named])
         self._steps.update(name for name, _ in named)
+
+    @override
+    def begin_rows(self, clients: Sequence[Self], start: State, layout: Layout) -> State:
+        corrections = {name: torch.zeros_like(start[name]) for name, _, _ in layout.parts}
+        for name in corrections.keys() & clients[0]._server.keys():
+            differences = [one._server[name] - one._own[name] for one in clients]
+            corrections[name] = torch.stack(differences).to(start[name])
+        [correction] = layout.join(corrections).values()
+        return {"correction": correction, "sums": torch.zeros_like(correction)}
+
+    @override
+    def edit_rows(self, held: State, rows: Tensor, gradients: Tensor, alive: Tensor) -> None:
+        held["sums"].addcmul_(gradients, alive)
+        gradients.add_(held["correction"])
+
+    @override
+    def end_rows(self, clients: Sequence[Self], held: State, layout: Layout, steps: Sequence[int]) -> None:
+        sums = held["sums"].to("cpu")
+        for one, number, row in zip(clients, steps, sums, strict=True):
+            found = layout.views({sums.dtype: row})
+            for name in found.keys() & one._server.keys():
+                one._sums[name] = one._sums[name] + found[name] if name in one._sums else found[name].clone()
+                one._steps[name] += number
 
     @override
     def on_client_end(self, client: Client, module: FederatedModule, update: Update) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,24 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.workloads import MODELS, Rounds, Workload
 from fl_lightning.data.batches import IndexBatches
 from fl_lightning.data.partitioners import Dirichlet
 from fl_lightning.data.transforms import Normalization, RandomCrop, RandomHorizontalFlip
 from fl_lightning.executors import SerialExecutor
-from fl_lightning.executors.cohort import CohortExecutor, one_gather_will_do, padded_steps, stack_sizes
+from fl_lightning.executors.cohort import CohortExecutor
+from fl_lightning.executors.cohort_batches import one_gather_will_do, padded_steps, stack_sizes
+from fl_lightning.methods.scaffold import ControlVariates
+from fl_lightning.models.model import Model
 from fl_lightning.run.command_line import CONF
 from fl_lightning.run.config import plain
 from fl_lightning.run.folder import RunFolder
 from fl_lightning.run.training import assemble
+from fl_lightning.state import State
 from tests.data.made import pool
 from tests.federations import add_recorder, federation, tiny_model
 
@@ -29,8 +36,31 @@ from tests.federations import add_recorder, federation, tiny_model
 PLAIN = ["model.batch_norm=false", "trainer.max_epochs=2", "data.val_fraction=0.0", "data.avoid_single=false"]
 
 
+#: BatchNorm, dropout of numbers and of channels: what mixes examples, and what draws.
+MIXING = ["model._target_=tests.executors.test_cohort.mixing_model", "~model.batch_norm", "data.batch_size=7"]
+BY_STEP = [
+    "scheduler={_target_: torch.optim.lr_scheduler.CosineAnnealingLR, _partial_: true, T_max: 7, eta_min: 0.001}",
+    "local.scheduler_interval=step",
+]
+
+
+def mixing_model(num_classes: int, in_channels: int = 3, image_size: int = 8) -> Model:
+    """The tiny model with BatchNorm in front and in the middle, one of them without momentum, and two dropouts.
+
+    What dropout leaves of few examples may be all alike: a small epsilon would magnify what rounding makes of that.
+    """
+    model = tiny_model(num_classes, in_channels, image_size)
+    parts = dict(model.backbone.named_children())
+    parts = {**parts, "drop": nn.Dropout(0.4), "norm2": nn.BatchNorm1d(16, eps=0.1, momentum=None)}
+    parts["act2"] = nn.Sequential(nn.ReLU(), nn.Dropout2d(0.3))
+    return Model(nn.Sequential(OrderedDict(parts)), model.head, model.head_path)
+
+
 def overrides(*more: str) -> list[str]:
-    return [item if item != "model.batch_norm=false" else f"+{item}" for item in [*PLAIN, *more]]
+    words = [item if item != "model.batch_norm=false" else f"+{item}" for item in [*PLAIN, *more]]
+    if "~model.batch_norm" in words:
+        words = [item for item in words if not item.endswith("model.batch_norm=false") and item != "~model.batch_norm"]
+    return words
 
 
 @pytest.mark.parametrize(
@@ -42,12 +72,26 @@ def overrides(*more: str) -> list[str]:
         ["method=fedprox", "callbacks.proximal.mu=0.5"],
         ["~optimizer", "+optimizer={_target_: torch.optim.Adam, _partial_: true, lr: 0.01}"],
         [
+            "method=fedprox",
             "+callbacks.freeze._target_=fl_lightning.callbacks.freeze_schedule.FreezeSchedule",
             "+callbacks.freeze.phases=[{train: [head], epochs: 1, lr: 0.1}, {train: ['*']}]",
         ],
+        [*MIXING, "sharing.buffers=local"],
+        [
+            *MIXING,
+            "+callbacks.freeze._target_=fl_lightning.callbacks.freeze_schedule.FreezeSchedule",
+            "+callbacks.freeze.phases=[{train: [head], epochs: 1}, {train: ['*'], batch_norm: frozen, lr: 0.02}]",
+            *BY_STEP,
+        ],
+        ["scheduler={_target_: torch.optim.lr_scheduler.ExponentialLR, _partial_: true, gamma: 0.5}"],
+        ["method=scaffold"],
+        ["method=feddyn", "sharing.personal=[head]"],
     ],
-    ids=["fedavg", "in groups", "personal head", "fedprox", "adam", "freezing"],
-)
+    ids=[
+        "fedavg", "in groups", "personal head", "fedprox", "adam", "freezing", "BatchNorm and dropout",
+        "frozen BatchNorm and a rate of each step", "a rate of each epoch", "scaffold", "feddyn",
+    ],
+)  # fmt: skip
 def test_equals_one_after_another(more: list[str], tiny_root: Path, tmp_path: Path) -> None:
     runs = []
     for executor in ("serial", "cohort"):
@@ -57,9 +101,16 @@ def test_equals_one_after_another(more: list[str], tiny_root: Path, tmp_path: Pa
         run.fit()
         runs.append((run, recorder.updates))
     (serial, ones), (cohort, others) = runs
+
+    def alike(state: State, other: State) -> bool:
+        return state.keys() == other.keys() and all(torch.allclose(state[n], other[n], atol=2e-6) for n in state)
+
+    assert alike(serial.loop.state, cohort.loop.state)
     for name, tensor in serial.loop.state.items():
-        assert torch.allclose(tensor, cohort.loop.state[name], atol=2e-6), name
-        assert not torch.equal(tensor, serial.loop.local.initial[name])
+        # A bias before BatchNorm has no gradient.
+        assert (
+            not torch.equal(tensor, serial.loop.local.initial[name]) or "norm" in name or name == "backbone.conv1.bias"
+        )
     for one, other in zip(ones, others, strict=True):
         assert (one.client_id, one.num_examples, one.state.keys()) == (
             other.client_id,
@@ -67,24 +118,30 @@ def test_equals_one_after_another(more: list[str], tiny_root: Path, tmp_path: Pa
             other.state.keys(),
         )
         assert one.metrics["train_loss"] == pytest.approx(other.metrics["train_loss"], abs=1e-5)
-        assert all(torch.allclose(one.state[name], other.state[name], atol=2e-6) for name in one.state)
+        assert alike(one.state, other.state)
+        assert alike(one.extra, other.extra)
     for one, other in zip(serial.clients, cohort.clients, strict=True):
-        assert all(torch.allclose(one.personal[name], other.personal[name], atol=2e-6) for name in one.personal)
+        assert alike(one.personal, other.personal)
+        assert alike(one.memory, other.memory)
 
 
 @pytest.fixture(autouse=True)
 def tiny_workloads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MODELS, "tiny", partial(tiny_model, batch_norm=False))
+    monkeypatch.setitem(MODELS, "mixing", mixing_model)
 
 
-@pytest.mark.parametrize("adam", [False, True])
-def test_so_it_does_where_the_stack_shrinks_and_updates_stay_rows_of_it(adam: bool) -> None:
+@pytest.mark.parametrize("kind", ["sgd", "adam", "scaffold"])
+def test_so_it_does_where_the_stack_shrinks_and_updates_stay_rows_of_it(kind: str) -> None:
     """Eighteen clients of one to nine steps: some are over before the stack becomes smaller, and momentum goes on."""
     work = Workload("", 18, 0, 18, batch_size=2, model="tiny", uneven=(*range(1, 19),))
-    runs = [Rounds(work, executor) for executor in (SerialExecutor(), CohortExecutor())]
+    runs = [Rounds(work, executor, "fedprox") for executor in (SerialExecutor(), CohortExecutor())]
     for run in runs:
-        if adam:
+        if kind == "adam":
             run.loop.local.optimizer = partial(torch.optim.Adam, lr=0.01)
+        if kind == "scaffold":  # behind the pull, which goes on for those that are over
+            run.loop.callbacks["proximal"].mu = 1.0
+            use_scaffold(run)
         assert run.loop.local.keeps_updates
         for _ in range(2):
             run()
@@ -108,6 +165,81 @@ def test_mixed_precision_is_the_same_but_for_its_own_rounding() -> None:
     one, other = ((change - exact).norm() / exact.norm() for change in (serial, cohort))
     assert 1e-3 < other < 1.5 * one < 0.02
     assert (cohort - serial).norm() < 0.02 * exact.norm()
+
+
+def use_scaffold(run: Rounds) -> None:
+    run.loop.add_callback("scaffold", ControlVariates())
+    run.loop.local.callbacks.append(run.loop.callbacks["scaffold"])
+
+
+class Recording(TorchDispatchMode):
+    """Writes operations down as a CUDA graph does: which, on which memory, with which numbers of the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert operation is not torch.ops.aten._local_scalar_dense.default, "the host waits for a number"
+        result = operation(*args, **(kwargs or {}))
+        self.done.append((operation, args, kwargs or {}, result))
+        return result
+
+    def replay(self) -> None:
+        with torch.no_grad():
+            for operation, args, kwargs, result in self.done:
+                aliases = [returned.alias_info for returned in operation._schema.returns]
+                if any(alias is not None and not alias.is_write for alias in aliases):
+                    continue  # a view is where it was
+                again = operation(*args, **kwargs)
+                if not any(aliases):
+                    for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                        if isinstance(old, torch.Tensor):
+                            old.copy_(new)
+
+
+class RecordedCohort(CohortExecutor):
+    """Replays steps on a CPU, where no graph is to be had."""
+
+    recordings = 0
+
+    def _check_graph(self, local: Any) -> None:
+        pass
+
+    def _record(self, work: Any) -> Any:
+        self.recordings += 1
+        work()
+        with Recording() as recording:
+            work()
+        return recording.replay
+
+
+@pytest.mark.parametrize("kind", ["plain", "scaffold", "mixing"])
+def test_a_replayed_step_is_the_step(kind: str) -> None:
+    """To the bit, over rounds and numbers of clients; what is recorded once must serve ever after."""
+    work = Workload(
+        "", 9, 0, 9, batch_size=2, model="mixing" if kind == "mixing" else "tiny", uneven=(*range(2, 20, 2),)
+    )
+    executors = [CohortExecutor(), RecordedCohort(graph=True)]
+    runs = [Rounds(work, executor) for executor in executors]
+    for run in runs:
+        if kind == "scaffold":
+            use_scaffold(run)
+        if kind == "mixing":
+            run.loop.local.scheduler = partial(torch.optim.lr_scheduler.StepLR, step_size=2, gamma=0.5)
+            run.loop.local.scheduler_interval = "step"
+        for _ in range(3):
+            run()
+    one, other = (run.loop.state for run in runs)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not all(torch.equal(one[name], runs[0].loop.local.initial[name]) for name in one)
+    assert executors[1].recordings == len(set(stack_sizes([*range(9, 0, -1)])))
+
+
+def test_a_graph_is_refused_without_cuda(tiny_root: Path, tmp_path: Path) -> None:
+    run = federation(tiny_root, tmp_path, "executor=cohort", "executor.graph=true", *overrides())
+    with pytest.raises(ValueError, match=r"^executor.graph must be false without CUDA, got true on cpu; set"):
+        run.fit()
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 1.0])
@@ -174,10 +306,10 @@ def test_clients_share_the_base_of_their_adapters(tiny_root: Path, tmp_path: Pat
     serial.fit()
     seen: list[tuple[set[str], set[str]]] = []
     executor = cohort.loop.executor
-    run = executor._run
-    executor._run = lambda loaders, own, common, stretch: (
-        seen.append((set(own), set(common))),
-        run(loaders, own, common, stretch),
+    step = executor._step
+    executor._step = lambda place, layout, rows, *more: (
+        seen.append(({name for name, _, _ in layout.parts} | set(rows.rest), set(rows.common))),
+        step(place, layout, rows, *more),
     )[1]
     cohort.fit()
     base = serial.loop.local.module.base_names
@@ -252,19 +384,21 @@ def test_batches_are_filled_up_with_examples_that_count_nothing(augment: str, ti
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        (["+model.batch_norm=true"], "BatchNorm"),
         (["trainer.gradient_clip_val=1.0"], "trainer.gradient_clip_val is 1.0"),
         (["trainer.precision=16-mixed"], "trainer.precision is 16-mixed"),
         (["local.validate=true"], "local.validate is true"),
-        (["method=scaffold"], "acts on one client at a time"),
+        (["local.channels_last=true"], "local.channels_last is true"),
+        (["local.engine=stock"], "local.engine is stock"),
+        (
+            ["scheduler={_target_: torch.optim.lr_scheduler.OneCycleLR, _partial_: true, max_lr: 1.0, total_steps: 9}"],
+            "OneCycleLR changes .*momentum",
+        ),
         (["+callbacks.rate._target_=lightning.pytorch.callbacks.LearningRateMonitor"], "acts on one client at a time"),
         (["method=apfl"], "overrides|BatchNorm|acts on"),
     ],
 )
 def test_what_is_not_elementwise_is_refused(more: list[str], reason: str, tiny_root: Path, tmp_path: Path) -> None:
-    chosen = [item for item in overrides() if "batch_norm" not in item]
-    chosen += more if "+model.batch_norm=true" in more else ["+model.batch_norm=false", *more]
-    run = federation(tiny_root, tmp_path, "executor=cohort", *chosen)
+    run = federation(tiny_root, tmp_path, "executor=cohort", *overrides(*more))
     with pytest.raises(ValueError, match=f"executor=cohort cannot train this, because .*({reason})"):
         run.fit()
 
