@@ -426,7 +426,7 @@ def draw_gains(
     kept, low, high = values[order], ends[order, 0], ends[order, 1]
     figure, axes = _figure(_length(len(order), 0.2, 4.5, 16) + 0.8, 3.8)
     gain, hurt = low > 0, high < 0
-    colours = [GAIN if up else LOSS if down else UNCLEAR for up, down in zip(gain, hurt, strict=True)]
+    colours: list[ColorType] = [GAIN if up else LOSS if down else UNCLEAR for up, down in zip(gain, hurt, strict=True)]
     _bars(axes, np.zeros(len(kept)), kept, colours)
     axes.axhline(0, color="black", linewidth=0.8)
     if kept.size:
