@@ -96,7 +96,7 @@ def main(name: str) -> None:
         sys.stdout.flush()
     except FailedJobError:
         sys.exit(1)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: Hydra, of model=null
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:  # the last two: model=null, [3]
         if full_error:
             raise
         sys.exit(f"error: {explain(error, name, arguments)}")

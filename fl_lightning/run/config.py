@@ -27,13 +27,27 @@ from fl_lightning.checks import ArgumentError, finite
 
 
 @dataclass
+class MethodConfig:
+    """What a method is called in tables and run folders."""
+
+    name: str = MISSING
+
+
+@dataclass
+class PathsConfig:
+    """Where runs go."""
+
+    log_dir: str = MISSING
+
+
+@dataclass
 class TrainConfig:
     """The root of ``conf/train.yaml``. A key that is not here is refused; constructors are the schema below."""
 
     seed: int = MISSING
     resume: Optional[str] = None  # noqa: UP045 - omegaconf reads this annotation at run time, on Python 3.10 too
     init_from: Optional[str] = None  # noqa: UP045
-    method: dict[str, Any] = field(default_factory=dict)
+    method: MethodConfig = field(default_factory=MethodConfig)
     data: Any = MISSING
     task: Any = None
     model: Any = MISSING
@@ -53,7 +67,7 @@ class TrainConfig:
     callbacks: dict[str, Any] = field(default_factory=dict)
     logger: Any = None
     progress: Any = None
-    paths: Any = MISSING
+    paths: PathsConfig = field(default_factory=PathsConfig)
     trust: list[str] = field(default_factory=list)
 
 
@@ -99,7 +113,7 @@ class PersonalizeConfig:
     baselines: dict[str, Any] = field(default_factory=dict)
     personalization: dict[str, Any] = field(default_factory=dict)
     logger: Any = None
-    paths: Any = MISSING
+    paths: PathsConfig = field(default_factory=PathsConfig)
     trust: list[str] = field(default_factory=list)
 
 
@@ -133,6 +147,8 @@ def instantiate(node: Any, path: str, /, *args: Any, **kwargs: Any) -> Any:
             f"{path}: expected a node with _target_, got {node!r}; for one value of it, write {path}.<key>=..."
         )
     check(node, path, kwargs)
+    if "_target_" not in node:
+        raise ValueError(f"{path} must name a class by _target_, got the keys {', '.join(map(str, node)) or 'none'}")
     node = {key: value for key, value in node.items() if key not in APART.get(path, ())}
     try:
         return hydra_instantiate(node, *args, _convert_="all", **kwargs)
@@ -321,8 +337,6 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
             config.setdefault(name, entry.default_factory() if callable(entry.default_factory) else entry.default)
         elif config.get(name) is None:
             raise ValueError(f"{name} must be given, got {'null' if name in config else f'~{name}'}")
-    if config.get("paths", {}).get("log_dir", "") is None:
-        raise ValueError("paths.log_dir must be a folder, got null")
     return config
 
 

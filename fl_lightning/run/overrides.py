@@ -59,19 +59,25 @@ def explain(error: Exception, name: str, arguments: Sequence[str]) -> str:
         placed = re.search(rf"- (\w+)@{re.escape(group)}:", (CONF / f"{name}.yaml").read_text())
         if placed and isinstance(value, str | list):
             return f"{group} must be chosen in the group {placed[1]}; write '{placed[1]}@{override.input_line}'"
-        # Hydra answers a group's null, 3 or true with a ValueError; ~group has no value.
-        if (CONF / group).is_dir() and isinstance(value, int | float | None) and not override.is_delete():
+        # Hydra answers a group's null, 3 or true with a ValueError, [3] with a TypeError; ~group has no value.
+        chosen = value if isinstance(value, list) else [value]
+        nothing = any(isinstance(one, int | float | None) for one in chosen) and not override.is_delete()
+        if (CONF / group).is_dir() and nothing:
             return _no_such_option(group, str(override.input_line).partition("=")[2])
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         chosen = [one.key_or_group for one in overrides if error.missing_cfg_file.startswith(f"{one.key_or_group}/")]
         group = max(chosen, key=len, default=error.missing_cfg_file.rpartition("/")[0])
         return _no_such_option(group, error.missing_cfg_file.removeprefix(f"{group}/"))
     if unknown := re.search(r"Could not override '([^'@]+)", str(error)):
-        return _no_such_key(unknown[1])
+        given = next((one.value() for one in overrides if one.key_or_group == unknown[1]), None)
+        inner = re.search(r"Key '([^']+)' is not in struct", str(error.__cause__ or error))
+        return _no_such_key(f"{unknown[1]}.{inner[1]}" if inner and isinstance(given, dict) else unknown[1])
     cause = error.__cause__ or error
     key = f"{cause.full_key}: " if isinstance(cause, OmegaConfBaseException) and cause.full_key else ""
     return key + " ".join(
-        line.strip() for line in str(cause).splitlines() if not re.match(r" *(full_key|object_type)", line)
+        line.strip()
+        for line in str(cause).splitlines()
+        if not re.match(r" *(full_key|object_type|reference_type)", line)
     )
 
 
