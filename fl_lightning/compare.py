@@ -35,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run(arguments)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
 
 
 def run(arguments: Sequence[str]) -> None:

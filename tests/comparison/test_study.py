@@ -192,13 +192,13 @@ def test_each_validation_score_chooses_in_each_federation() -> None:
         return {**scores, "local": [local, local], "global_others": [1 - local] * 2}
 
     values = {
-        "ft lr=1": setting([0.9, 0.8], [2.0, 1.0], [0.5, math.nan], 0.6),
+        "ft lr=1": setting([0.9, 0.8], [2.0, 3.0], [0.5, math.nan], 0.6),
         "ft lr=2": setting([0.8, 0.9], [1.0, 2.0], [0.4, 0.1], 0.8),
         "ft": setting([0.9, 0.9], [2, 2], [0, 0], 0.7),
     }
     (row,) = choice_rows(values)
     assert row["Local, by val_metric"] == pytest.approx((70, 100 * 0.2 / math.sqrt(2)))
-    assert row["Local, by val_loss"].mean == pytest.approx(70)
+    assert row["Local, by val_loss"].mean == pytest.approx(80)
     assert row["Local, by val_elsewhere"].mean == pytest.approx(70)
     assert row["Global, by val_metric"].mean == pytest.approx(30)
     assert choice_rows({"ft": values["ft"]}) == []
