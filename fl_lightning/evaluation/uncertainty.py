@@ -59,10 +59,10 @@ def resampled_means(scores: ArrayLike, generator: np.random.Generator, resamples
     """
     at_least("resamples", resamples, 1)
     table = np.asarray(scores, dtype=np.float64)
-    return np.concatenate([counts @ table for counts in _shares(len(table), generator, resamples)])
+    return np.concatenate([counts @ table for counts in shares(len(table), generator, resamples)])
 
 
-def _shares(n: int, generator: np.random.Generator, resamples: int) -> Iterator[Array]:
+def shares(n: int, generator: np.random.Generator, resamples: int) -> Iterator[Array]:
     """Yield how large a share each of n examples has in each resample, some resamples at a time."""
     step = max(1, _AT_ONCE // max(n, 1))
     for first in range(0, resamples, step):
@@ -74,13 +74,20 @@ def _shares(n: int, generator: np.random.Generator, resamples: int) -> Iterator[
 def interval(mean: float, replicates: ArrayLike, level: float = LEVEL) -> Interval:
     """Return a mean with the percentile interval of its resampled values, (resamples,).
 
+    Values that are NaN, for a resample may have none (AUROC of one class), are left out; where more than half are,
+    there is no interval.
+
     Raises:
         ArgumentError: If the level is not in (0, 1).
     """
     if not 0 < level < 1:
         raise ArgumentError(f"level must lie between 0 and 1, got {level}")
     tail = (1 - level) / 2
-    low, high = np.quantile(np.asarray(replicates, dtype=np.float64), [tail, 1 - tail])
+    array = np.asarray(replicates, dtype=np.float64)
+    known = array[~np.isnan(array)]
+    if 2 * known.size < array.size or math.isnan(mean):
+        return Interval(mean, math.nan, math.nan)
+    low, high = np.quantile(known, [tail, 1 - tail])
     # Rounded, so that sums which differ in the last bits alone are no difference.
     return Interval(*(round(float(value), 12) + 0.0 for value in (mean, low, high)))
 

@@ -18,11 +18,12 @@ from fl_lightning.client import ClientInfo, Exam, Scores, Split
 from fl_lightning.evaluation.calibration import CalibrationError
 from fl_lightning.evaluation.distortion import mean_distance, weight_norm
 from fl_lightning.evaluation.predict import Forward, HasExamples, Metrics, batches_of, evaluating, predict
+from fl_lightning.evaluation.resampling import resampled
 from fl_lightning.evaluation.summary import mean
 from fl_lightning.executors.executor import Outcome
 from fl_lightning.models.export import HEAD
 from fl_lightning.module import FederatedModule
-from fl_lightning.personalization.predictions import Examples, examples_of
+from fl_lightning.personalization.predictions import PARTS, Examples, examples_of
 from fl_lightning.seeding import derive_seed
 from fl_lightning.state import State, all_finite, difference, load, snapshot
 from fl_lightning.task import Classification, Task
@@ -97,12 +98,21 @@ class ModelMetrics(Metrics):
         makers: All metrics by name, with what makes them; None: the task has a metric of that name.
         backbone: Tensors of the global model's backbone.
         task: What the model is trained for.
+        metric: What models are judged by, of which each example's part is kept (see
+            :mod:`fl_lightning.evaluation.resampling`); None: accuracy.
     """
 
     def __init__(
-        self, makers: Mapping[str, Callable[..., Metric] | None] | None, backbone: State, task: Task | None = None
+        self,
+        makers: Mapping[str, Callable[..., Metric] | None] | None,
+        backbone: State,
+        task: Task | None = None,
+        metric: str | None = None,
     ) -> None:
         super().__init__(makers, task)
+        self._metric = metric or ACCURACY
+        own = (makers or {}).get(self._metric) is None
+        self._resampled = resampled(self.task, self._metric) if own else None
         self._backbone = backbone
         self._known: dict[tuple[int, Split], Tensor] = {}
 
@@ -142,6 +152,12 @@ class ModelMetrics(Metrics):
         of_one_class = isinstance(self.task, Classification)
         if EXAMPLES in chosen and of_one_class:
             totals[EXAMPLES] = examples_of(logits, targets, data.num_classes)
+        if EXAMPLES in chosen and self._resampled is not None:
+            parts = self._resampled.parts(logits, targets)
+            value = self._resampled.value(parts.double().numpy())
+            # A loss that weighs examples by one another is not made of them one by one.
+            if math.isclose(value, values[self._metric], rel_tol=1e-3, abs_tol=1e-4) or math.isnan(value):
+                totals[EXAMPLES] = {**totals.get(EXAMPLES, {}), PARTS: parts}
         if "ece" in chosen and "ece" not in values:
             values["ece"] = math.nan
             if of_one_class:

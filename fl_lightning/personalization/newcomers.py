@@ -246,7 +246,7 @@ def arrivals(plan: Plan, groups: Groups, newcomers: Sequence[ClientInfo], scorin
     found: dict[str, dict[int | None, Arrival]] = {_base(runs): {} for runs in groups.values()}
     for size in plan.sizes:
         of_size = {_base(runs): _of_size(plan, runs, size, scoring.metric) for runs in groups.values()}
-        evidence = Evidence(of_size, newcomers, scoring.metric, scoring.higher_is_better, seed)
+        evidence = Evidence(of_size, newcomers, scoring.metric, scoring.higher_is_better, seed, scoring.resampled)
         for name, runs in of_size.items():
             means = [
                 present([float(one.measures.values[scoring.metric][one.client]) for one in run])[0] for run in runs

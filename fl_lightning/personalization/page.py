@@ -19,7 +19,6 @@ from fl_lightning.evaluation.uncertainty import Interval
 from fl_lightning.personalization.decision import Decision, decide
 from fl_lightning.personalization.evidence import Evidence, Groups
 from fl_lightning.personalization.newcomers import Arrivals
-from fl_lightning.personalization.predictions import MEANS
 from fl_lightning.personalization.scoring import Scoring
 from fl_lightning.personalization.selection import WHO, Choice, Selection
 
@@ -138,8 +137,8 @@ def _answer(facts: Facts, decisions: Sequence[Decision]) -> str:
         f"lies above 0. {sure} of the {counts['personal']} gains stand{'s' if sure == 1 else ''} also after "
         f"Holm's correction for {len(decisions)} clients."
     ]
-    if facts.scoring.metric not in MEANS:
-        lines = [f"{facts.scoring.metric} is no mean over examples, so there are no intervals and nothing is decided."]
+    if not facts.scoring.has_intervals:
+        lines = [f"{facts.scoring.metric}, a metric of your own, has no intervals, so nothing is decided."]
     elif not any(one.candidate for one in decisions):
         lines = ["There are no validation data to choose a personal model by, so nobody is advised to take one."]
     gains = [one.change.interval.mean for one in decisions if one.verdict == "personal"]
@@ -360,7 +359,8 @@ def reliability_bins(groups: Groups, name: str) -> list[tuple[float, float, int]
     confidences, rights = [], []
     for run in groups[name]:
         for outcome in run:
-            if (examples := outcome.measures.examples.get(outcome.client)) is not None:
+            examples = outcome.measures.examples.get(outcome.client, {})
+            if "confidence" in examples:
                 confidences.append(examples["confidence"].double().numpy())
                 rights.append((examples["prediction"] == examples["target"]).numpy())
     if not confidences:
@@ -414,7 +414,8 @@ def _method(facts: Facts) -> str:
         "<h2>How sure is this?</h2><ul>"
         "<li>Intervals are 95% bootstrap intervals over test examples, paired: both models are scored on the same "
         "examples. They are about these models at these clients; another seed of training, other clients or later data "
-        "are not in them.<li>p is McNemar's exact test (a sign test over examples where there are several seeds), "
+        "are not in them.<li>p is McNemar's exact test (a sign test over examples where there are several seeds), of a "
+        "metric that no example has by itself (AUROC, F1) twice the smaller share of resamples on either side of 0; "
         "corrected by Holm for the number of clients.<li>With fewer than some 30 test examples, or where nothing is "
         "wrong, these intervals are too narrow.<li>The numbers of test examples that would tell assume that the "
         "difference seen is the true one.</ul>"

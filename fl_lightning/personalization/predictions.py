@@ -17,16 +17,17 @@ from fl_lightning.state import State
 
 Examples = Mapping[str, Tensor]
 """Of one model on one client's test data, in order: ``prediction`` (n,) the class, ``confidence`` (n,) its probability
-in float16, ``loss`` (n,) the cross-entropy in nats, ``target`` (n,)."""
+in float16, ``loss`` (n,) the cross-entropy in nats, ``target`` (n,); these where an example has one class. Of a metric
+that is no mean of them ``parts`` (n, S): what each example adds to it (:mod:`fl_lightning.evaluation.resampling`)."""
 
 MEANS = ("accuracy", "loss")
-"""Metrics that are a mean over examples, and so have an interval from these files."""
+"""Metrics that are a mean over examples of what is kept of predictions."""
 
-KEPT = ("prediction", "confidence", "loss")
+PARTS = "parts"
 
 
 def examples_of(logits: Tensor, targets: Tensor, num_classes: int) -> State:
-    """Return what is kept of a model's outputs (n, classes)."""
+    """Return what is kept of a model's outputs (n, classes) where each example has one class."""
     label = torch.uint8 if num_classes <= 256 else torch.int32
     shares = logits.softmax(1)
     return {
@@ -50,7 +51,7 @@ class Predictions(NamedTuple):
     Attributes:
         pairs: Positions of the model's client and of the data's client, (pairs, 2).
         starts: Where the examples of each pair begin in the arrays, and where the last end, (pairs + 1,).
-        arrays: ``prediction``, ``confidence`` and ``loss`` of all pairs, one behind the other; ``target`` beside them.
+        arrays: What is kept of all pairs, one behind the other, by name.
     """
 
     pairs: NDArray[np.int32]
@@ -71,12 +72,10 @@ def write_predictions(path: Path, models: Sequence[Mapping[int, Examples]]) -> N
         models: For each client's model, by the position of the client whose data it was tried on.
     """
     pairs = [(model, data) for model, tried in enumerate(models) for data in sorted(tried)]
-    lengths = [len(models[model][data]["target"]) for model, data in pairs]
-    arrays: dict[str, Any] = {
-        name: np.concatenate([models[model][data][name].numpy() for model, data in pairs])
-        for name in (*KEPT, "target")
-        if pairs
-    }
+    kept = [models[model][data] for model, data in pairs]
+    lengths = [len(next(iter(one.values()))) for one in kept]
+    names = [name for name in kept[0] if all(name in one for one in kept)] if kept else []
+    arrays: dict[str, Any] = {name: np.concatenate([one[name].numpy() for one in kept]) for name in names}
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     with replacing(path) as file:
         np.savez_compressed(file, pairs=np.array(pairs, dtype=np.int32).reshape(-1, 2), starts=starts, **arrays)

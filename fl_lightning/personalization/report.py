@@ -27,7 +27,6 @@ from fl_lightning.personalization.measurement import SCALARS, Measurement, Measu
 from fl_lightning.personalization.newcomers import Arrivals
 from fl_lightning.personalization.outcome import Outcome, by_strategy, file_name, matrix_of, summary_of
 from fl_lightning.personalization.page import Facts, page
-from fl_lightning.personalization.predictions import MEANS
 from fl_lightning.personalization.selection import BEST_OF, WHO, Choice, Selection, select, wrong
 from fl_lightning.run.config import differences
 from fl_lightning.run.folder import RunFolder
@@ -112,7 +111,7 @@ def report(
     chosen, choices = select(settings, selection)
     groups = {**settings, **chosen}
     shown = in_the_table(groups, choices)
-    given = clients, scoring.metric, scoring.higher_is_better, config["seed"]
+    given = clients, scoring.metric, scoring.higher_is_better, config["seed"], scoring.resampled
     evidence = Evidence(groups, *given)
     each = [Evidence({name: [runs[n]] for name, runs in groups.items()}, *given) for n in range(config["seeds"])]
     pairs = comparisons({name: groups[name] for name in shown}, scoring, evidence)
@@ -154,6 +153,8 @@ def report(
         f"seed {config['seed']}, {times}"
     )
     lines = remarks_on({name: groups[name] for name in shown}, source, config, scoring)
+    if evidence.only_at_home:
+        lines.append(f"Of so many models on so many clients {scoring.metric} has intervals at home alone.")
     remarks = "".join(f"{line}\n" for line in [*lines, *words_on_choices(choices, methods, selection)])
     harmed = [harm_row(name, methods[name], evidence) for name in shown if name != "none"]
     foot = f"{definitions}\n{INTERVALS[config['intervals']]}\n{remarks}\n{HARM}\n\n"
@@ -282,9 +283,10 @@ def beyond_all(names: Sequence[str], evidence: Evidence) -> dict[str, list[int]]
 def remarks_on(groups: Groups, source: Source, config: Mapping[str, Any], scoring: Scoring) -> list[str]:
     """Say in sentences what a reader of the table should know of single rows."""
     lines = []
-    if scoring.metric not in MEANS:
+    if not scoring.has_intervals:
         lines.append(
-            f"{scoring.metric} is no mean over examples: it has no intervals over them, and nobody is said to be hurt."
+            f"{scoring.metric} is a metric of your own, which cannot be resampled: it has no intervals over examples, "
+            f"and nobody is said to be hurt. The task's own have them: {', '.join(source.module.task.metrics)}."
         )
     lines += [source.start] if source.start else []
     strategies = {name: runs[0][0].strategy for name, runs in groups.items()}

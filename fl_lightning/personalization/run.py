@@ -214,7 +214,7 @@ def personalize(
         One outcome for each strategy, client and seed.
     """
     start = snapshot(source.module.state_dict())
-    metrics = ModelMetrics(scoring.makers, snapshot(source.module.backbone.state_dict()), scoring.task)
+    metrics = ModelMetrics(scoring.makers, snapshot(source.module.backbone.state_dict()), scoring.task, scoring.metric)
     numbers = range(config["seeds"])
     infos = measurement.clients
     outcomes = []
@@ -251,7 +251,7 @@ def personalize(
             strategy.local.metrics = metrics
             if own is not source:
                 before = {name: without_prompt(name, t) for name, t in module.backbone.state_dict().items()}
-                strategy.local.metrics = ModelMetrics(scoring.makers, before, scoring.task)
+                strategy.local.metrics = ModelMetrics(scoring.makers, before, scoring.task, scoring.metric)
             # What nobody trains is at every client already.
             base = {name: tensor for name, tensor in module.state_dict().items() if name in module.base_names}
             sent = snapshot({name: tensor for name, tensor in module.state_dict().items() if name not in base})

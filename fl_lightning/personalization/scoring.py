@@ -10,6 +10,8 @@ from torchmetrics import Metric
 
 from fl_lightning.callbacks.federated_evaluation import FederatedEvaluation
 from fl_lightning.evaluation.predict import Metrics
+from fl_lightning.evaluation.resampling import Resampled, resampled
+from fl_lightning.personalization.predictions import MEANS
 from fl_lightning.personalization.source import Training
 from fl_lightning.run.training import metric_makers
 from fl_lightning.task import Classification, Task
@@ -64,6 +66,17 @@ class Scoring:
         directions = {name: metrics.mode(name, num_classes) == "max" for name in metrics.names}
         makers = {name: (metrics.makers or {}).get(name) for name in metrics.names}
         return cls(evaluation.metric, evaluation.mode == "max", makers, directions, task, chosen["metrics"])
+
+    @property
+    def resampled(self) -> Resampled | None:
+        """The metric as a function of weights of the examples; None: a mean of predictions, or one of a user's own."""
+        return resampled(self.task, self.metric) if self.makers.get(self.metric) is None else None
+
+    @property
+    def has_intervals(self) -> bool:
+        """Whether there are intervals over test examples of the metric."""
+        of_one_class = isinstance(self.task, Classification) and self.makers.get(self.metric) is None
+        return self.resampled is not None or (of_one_class and self.metric in MEANS)
 
     @property
     def names(self) -> tuple[str, ...]:

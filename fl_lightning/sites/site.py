@@ -248,7 +248,7 @@ class Site:
             raise ValueError("it was started with --keep-model, and here clients' models are tried elsewhere")
         else:
             measured = {str(name): (makers or {}).get(name) for name in names}
-            local.metrics = ModelMetrics(measured, snapshot(module.backbone.state_dict()), task)
+            local.metrics = ModelMetrics(measured, snapshot(module.backbone.state_dict()), task, config["metric"])
         sharing: Sharing = instantiate(config["sharing"], "sharing")
         local.setup(module, sharing, list(callbacks.values()), config["seed"])
         if cut is None:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from fl_lightning.client import ClientInfo
 from fl_lightning.evaluation.matrix import AccuracyMatrix
+from fl_lightning.evaluation.resampling import Resampled, resampled
 from fl_lightning.evaluation.uncertainty import RESAMPLES
 from fl_lightning.personalization.evidence import LINEAR, Evidence, over_clients
 from fl_lightning.personalization.measurement import SCALARS, Measures
 from fl_lightning.personalization.outcome import Outcome
 from fl_lightning.personalization.predictions import examples_of, read_predictions, write_predictions
+from fl_lightning.seeding import derive_seed
+from fl_lightning.task import Binary
 
 SIZES = (30, 50, 0, 7)
 CLIENTS = [ClientInfo(id, f"c{id}", 9, 0, size) for id, size in enumerate(SIZES)]
@@ -100,6 +105,72 @@ def test_differences_are_paired() -> None:
     assert changes[0].p_value == 1
     assert changes[1].interval == (0, 0, 0)
     assert math.isnan(changes[2].p_value)
+
+
+def ranked(how: Resampled, salt: int, shift: float) -> list[list[Outcome]]:
+    """Models of scores that are higher for positives by a shift; client 3 has no positive."""
+    run = []
+    for model in range(len(SIZES)):
+        examples = {}
+        for data, size in enumerate(SIZES):
+            if size:
+                rng = np.random.default_rng([salt, model, data])
+                truth = (np.arange(size) % 3 == 0) & (data != 3)
+                scores = torch.from_numpy(rng.normal(size=size) + shift * truth).float()
+                examples[data] = {"parts": how.parts(scores[:, None], torch.from_numpy(truth).float()[:, None])}
+        run.append(Outcome(None, model, 0, Measures({}, *[0.0] * len(SCALARS), examples=examples), {}))  # type: ignore[arg-type]
+    return [run]
+
+
+def test_a_metric_that_is_no_mean_is_resampled_as_a_plain_loop_does_it() -> None:
+    how = resampled(Binary(), "auroc")
+    assert how is not None
+    how = replace(how, resamples=15)
+    groups = {"none": ranked(how, 0, 0.5), "ft": ranked(how, 1, 2.0)}
+    evidence = Evidence(groups, CLIENTS, "auroc", how=how)
+    generator = np.random.default_rng(derive_seed(0, "bootstrap"))
+    values: dict[str, dict[tuple[int, int], list[float]]] = {name: {} for name in groups}
+    for data, size in enumerate(SIZES):
+        if not size or data == 3:  # the metric has no value there
+            continue
+        draws = [np.arange(size), *generator.integers(size, size=(15, size))]
+        for name, [run] in groups.items():
+            for one in run:
+                scores, truth = one.measures.examples[data]["parts"].double().numpy().T
+                values[name][one.client, data] = [roc_auc_score(truth[draw], scores[draw]) for draw in draws]
+
+    def local(name: str) -> np.ndarray:
+        return np.mean([values[name][i, i] for i in (0, 1)], axis=0)
+
+    def others(name: str) -> np.ndarray:
+        rows = [[values[name][i, j] for j in (0, 1) if j != i] for i in (0, 1, 2, 3)]
+        return np.mean([np.mean(row, axis=0) for row in rows], axis=0)
+
+    for metric, plain in (("local", local), ("global_others", others)):
+        difference = plain("ft") - plain("none")
+        ends = np.quantile(difference[1:], [0.025, 0.975])
+        assert evidence.difference("ft", "none", metric) == pytest.approx((difference[0], *ends))
+    changes, elsewhere = evidence.changes("ft", "none"), evidence.elsewhere("ft", "none")
+    for client in (0, 1):
+        gain = np.subtract(values["ft"][client, client], values["none"][client, client])
+        assert changes[client].interval == pytest.approx((gain[0], *np.quantile(gain[1:], [0.025, 0.975])))
+        beyond = min((gain[1:] <= 0).sum(), (gain[1:] >= 0).sum())
+        assert changes[client].p_value == pytest.approx(2 * (beyond + 1) / 16)
+    assert math.isnan(changes[3].interval.mean)
+    assert elsewhere[0].mean == pytest.approx(values["ft"][0, 1][0] - values["none"][0, 1][0])
+    assert evidence.client("ft", 0).mean == pytest.approx(values["ft"][0, 0][0])
+    assert evidence.best(["none", "ft"], "local") == "ft"
+
+
+def test_of_too_many_models_there_are_intervals_at_home_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    how = resampled(Binary(), "auroc")
+    assert how is not None
+    monkeypatch.setattr("fl_lightning.personalization.evidence.MOST_PAIRS", 5)
+    groups = {"none": ranked(how, 0, 0.5), "ft": ranked(how, 1, 2.0)}
+    evidence = Evidence(groups, CLIENTS, "auroc", how=how)
+    assert evidence.difference("ft", "none", "local").above
+    assert math.isnan(evidence.interval("ft", "global_others").low)
+    assert all(math.isnan(one.mean) for one in evidence.elsewhere("ft", "none"))
 
 
 def test_who_is_hurt_is_beyond_chance() -> None:
