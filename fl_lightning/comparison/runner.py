@@ -68,6 +68,7 @@ def compare(
         if not results:
             break
         if own is not None:
+            print(f"  personalizing {name}, seed {seed}", file=sys.stderr, flush=True)
             run_once(own, comparison.personalized(seed) / name, personalization)
         tuned = {"chosen": " ".join(short(chosen[name]))} if comparison.grids else {}
         rows[name].append(row(name, results) | tuned)
