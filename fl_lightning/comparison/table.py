@@ -13,7 +13,7 @@ from fl_lightning.run.folder import RunFolder
 TOLD = ("method=", "seed=", "resume=", "hydra.")
 """Overrides that the name of a run leaves out: the method is its first word, and seeds are averaged over."""
 
-BEST: Best = dict.fromkeys(("global", "personal", "worst personal", "worst global", "unseen", "everyone"), "max")
+BEST: Best = dict.fromkeys(("global", "personal", "worst personal", "worst global", "unseen", "own", "everyone"), "max")
 
 
 def own(row: Mapping[str, Any]) -> float | None:
@@ -95,6 +95,7 @@ def row(name: str, results: Mapping[str, Any]) -> dict[str, Any]:
     scored = results.get("clients_scored", number)
     before = results["in_round"].get(f"test/personal/{results['metric']}/weighted_mean")
     after = views["personal"].get("weighted_mean")
+    simulated = results.get("split", results).get("simulated_seconds")
     return {
         "method": name,
         "global": views["global"].get("weighted_mean"),
@@ -103,11 +104,12 @@ def row(name: str, results: Mapping[str, Any]) -> dict[str, Any]:
         "worst personal": views["personal"].get("worst"),
         "unseen": (results.get("unseen_personal") or results.get("unseen") or {}).get("weighted_mean"),
         "before tuning": before if before != after else None,
-        **({"everyone": results["personal_on"]["mean"]["everyone"]} if "personal_on" in results else {}),
+        **results.get("personal_on", {}).get("mean", {}),
         "after fit": results.get("after_fit", {}).get("weighted_mean"),
         "MB up": results["bytes_up"] / 1e6,
         "MB down": results["bytes_down"] / 1e6,
         "rounds": results["rounds"],
         "seconds": round(results["seconds"]),
+        **({"simulated seconds": simulated} if simulated is not None else {}),
         **({"scored": f"{scored} of {number}"} if scored < number else {}),
     }
