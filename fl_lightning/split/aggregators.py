@@ -9,7 +9,7 @@ from typing_extensions import override
 from fl_lightning.aggregators import Aggregator, Weights
 from fl_lightning.checks import at_least
 from fl_lightning.client import ClientInfo, Update
-from fl_lightning.state import RunningMean, State
+from fl_lightning.state import RunningMean, State, num_bytes
 
 
 class EdgeAggregator(Aggregator):
@@ -22,9 +22,13 @@ class EdgeAggregator(Aggregator):
         edges: Number of edge servers, at least 1; client i belongs to server i modulo this number.
         cloud_every: Rounds between two averages at the cloud, at least 1; at 1, or with one edge, this is FedAvg.
         weights: As in `Aggregator`; an edge server weighs what its clients weigh together.
+
+    Attributes:
+        bytes_to_cloud: What edge servers have sent to the cloud so far; no part of the clients' traffic.
+        bytes_from_cloud: What the cloud has sent to edge servers.
     """
 
-    saved = ("round", "states", "edge_weights")
+    saved = ("round", "states", "edge_weights", "bytes_to_cloud", "bytes_from_cloud")
 
     def __init__(self, edges: int = 2, cloud_every: int = 2, weights: Weights = "examples") -> None:
         super().__init__(weights)
@@ -34,6 +38,7 @@ class EdgeAggregator(Aggregator):
         self.round = 0
         self.states: dict[int, State] = {}
         self.edge_weights: dict[int, float] = {}
+        self.bytes_to_cloud = self.bytes_from_cloud = 0
 
     @override
     def broadcast(self, state: State, client: ClientInfo) -> State:
@@ -56,5 +61,7 @@ class EdgeAggregator(Aggregator):
         merged = {**state, **cloud.compute()}
         self.round += 1
         if self.round % self.cloud_every == 0:
+            self.bytes_to_cloud += sum(num_bytes(own) for own in self.states.values())
+            self.bytes_from_cloud += len(self.states) * num_bytes(merged)
             self.states, self.edge_weights = {}, {}
         return merged

@@ -13,11 +13,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from fl_lightning.callback import Server
-from fl_lightning.checks import above, one_of
+from fl_lightning.checks import ArgumentError, above, one_of
 from fl_lightning.client import Broadcast, Fit, Scores
 from fl_lightning.evaluation.predict import evaluating
 from fl_lightning.executors.executor import Message
 from fl_lightning.executors.serial import SerialExecutor
+from fl_lightning.split.aggregators import EdgeAggregator
 from fl_lightning.split.alignment import Alignment
 from fl_lightning.split.blocks import check
 from fl_lightning.split.body import MakeOptimizer
@@ -33,7 +34,7 @@ from fl_lightning.split.cost import (
     with_weights,
 )
 from fl_lightning.split.cut import Cut
-from fl_lightning.split.fit import COPY, OPTIMIZER, SplitFit, account, connecting
+from fl_lightning.split.fit import COPY, OPTIMIZER, RELAY, SplitFit, account, connecting
 from fl_lightning.split.module import SplitModule
 from fl_lightning.split.policy import CutPolicy, FixedCuts
 from fl_lightning.split.sharing import SplitSharing
@@ -54,22 +55,27 @@ TRAINED = {True: "one body, one client after another", False: "a body for each c
 class Relay:
     """Hands one server body from client to client: each begins with it as the client before left it.
 
-    A client that fails, or comes out with NaN or an infinity, leaves it as it was.
+    A client that fails, or comes out with NaN or an infinity, leaves it as it was. Where the server asks for it, the
+    clients' own shared tensors are handed on, too.
     """
 
     def __init__(self) -> None:
         self._left: State = {}
+        self._ends: State = {}
 
     def hand(self, message: Broadcast) -> None:
         """Put what the last client left into a message, in the place of what the round began with."""
         for name in message.here:
             message.here[name] = self._left.get(name.removeprefix(COPY), message.here[name])
         message.here |= {name: kept for name, kept in self._left.items() if name.startswith(OPTIMIZER)}
+        if RELAY in message.here:
+            message.state = {name: self._ends.get(name, tensor) for name, tensor in message.state.items()}
 
     def take(self, update: Update, own_is_finite: bool) -> None:
         """Take what a client leaves, if all of it is finite."""
         if own_is_finite and all(all_finite(part) for part in (update.state, update.extra, update.here)):
             self._left |= update.here
+            self._ends |= update.state
 
 
 class SplitExecutor(SerialExecutor):
@@ -110,6 +116,8 @@ class SplitServer(SplitFit):
             The batches themselves are computed one client after another.
         frozen: As in `SplitFit`.
         in_turn: Whether the body is one copy; this takes ``executor=split``, or ``executor=sites``.
+        relay: Whether a client hands those of its own tensors that are shared on to the next one, so that one model
+            goes round; else they are averaged. With ``in_turn``, and one cut for all.
     """
 
     saved = ("chosen", "reported", "sent", "simulated_seconds", "optimizers", "missed")
@@ -127,6 +135,7 @@ class SplitServer(SplitFit):
         frozen: bool = False,
         in_turn: bool = True,
         measure: bool = False,
+        relay: bool = False,
     ) -> None:
         super().__init__(optimizer, keep_optimizer, alignment, clip, frozen)
         if server_flops_per_second != float("inf"):
@@ -138,6 +147,9 @@ class SplitServer(SplitFit):
         self.schedule = schedule
         self.in_turn = in_turn
         self.measure = measure
+        if relay and not in_turn:
+            raise ArgumentError("relay must be false where in_turn is false: clients then train at the same time")
+        self.relay = relay
         self.chosen: dict[int, int] = {}
         self.reported: dict[int, dict[str, float]] = {}
         self.sent = Traffic().numbers()
@@ -191,6 +203,12 @@ class SplitServer(SplitFit):
             self.chosen = {client: cut.at for client, cut in zip(ids, choice, strict=True)}
         self.cuts = {client: module.cut_at(at) for client, at in self.chosen.items()}
         sharing.assign(self.cuts)
+        if self.relay and (not sharing.exchanged(module) or len(set(self.chosen.values())) > 1):
+            raise ValueError(
+                "callbacks.server.relay=true hands the clients' part on, which takes one cut for all "
+                f"(split_policy=earliest) and sharing.shared=['*'], got cuts {sorted(set(self.chosen.values()))} and "
+                f"{list(sharing.shared)}"
+            )
 
     @override
     def on_request(self, client: Client, module: FederatedModule, broadcast: Broadcast) -> State:
@@ -230,6 +248,8 @@ class SplitServer(SplitFit):
             broadcast.here |= {COPY + name: body[name] for name in held.top}
         if self.keep_optimizer:
             broadcast.here |= self.optimizers.get(self._key(client), {})
+        if self.relay:
+            broadcast.here[RELAY] = torch.tensor(True)
 
     @override
     def on_update(self, loop: Server, client: ClientInfo, update: Update) -> None:
@@ -245,6 +265,9 @@ class SplitServer(SplitFit):
             update.here = {}
         batches = self.price(client, sizes, module.reach(cut, self.frozen))
         own = num_bytes(update.state)
+        if self.relay:
+            self._body |= update.state
+            update.state = {}
         self._batches.append(with_weights(batches, own / device.down, own / device.up) if batches else [])
         self.sent = (self.traffic + traffic).numbers()
         self._round += traffic
@@ -260,6 +283,7 @@ class SplitServer(SplitFit):
         self.simulated_seconds += seconds
         loop.log({f"{PREFIX}{name}": value for name, value in self._round.numbers().items()})
         loop.log({f"{PREFIX}simulated_seconds_round": seconds, f"{PREFIX}simulated_seconds": self.simulated_seconds})
+        loop.log({f"{PREFIX}{name}": value for name, value in _between_servers(loop).items()})
 
     @property
     def traffic(self) -> Traffic:
@@ -273,6 +297,12 @@ class SplitServer(SplitFit):
         """Return the simulated seconds of batches of these sizes, by how far back their gradients went."""
         cut, profile = self.cuts[client.id], self._profile_of[client.id]
         return [self.latency.batch(cut, profile, size, reach) for size in batches]
+
+    def tail_seconds(self, client: ClientInfo, examples: int) -> float:
+        """Return the simulated seconds in which a client's tail trains on examples that came before."""
+        cut, device, model = self.cuts[client.id], self._profile_of[client.id], self.latency.model
+        flops = model.flops(cut.end, len(model.blocks)) + model.head.flops
+        return 3 * examples * flops / device.flops_per_second
 
     def seconds_of(self, batches: Sequence[Sequence[BatchSeconds]]) -> float:
         """Return the simulated seconds in which all clients train their batches, by the schedule."""
@@ -293,7 +323,15 @@ class SplitServer(SplitFit):
                 "trained": TRAINED[self.in_turn],
                 "missed_rounds": self.missed,
                 "simulated_schedule": self.schedule,
-                "bytes": self.sent,
+                "bytes": {**self.sent, **_between_servers(loop)},
                 "simulated_seconds": self.simulated_seconds,
             }
         }
+
+
+def _between_servers(loop: Server) -> dict[str, float]:
+    """Return the bytes between edge servers and a cloud so far, where there are any."""
+    levels = loop.aggregator
+    if not isinstance(levels, EdgeAggregator):
+        return {}
+    return {"edges_to_cloud": float(levels.bytes_to_cloud), "cloud_to_edges": float(levels.bytes_from_cloud)}

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Entries of `broadcast.here` and `update.here` beside the body's tensors behind the client's cut:
 COPY = "copy/"  # the body's tensor where the client has a private one of that name
 OPTIMIZER = "optimizer/"  # what the body's optimizer keeps
+RELAY = "split/relay"  # whether the client has the shared tensors of the client before it
 CUT = "split/cut"  # the client's cut
 BATCHES, TRAFFIC = "split/batches", "split/traffic"  # the sizes of the batches, and what they sent
 

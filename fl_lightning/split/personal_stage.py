@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from fl_lightning.callback import Server
 from fl_lightning.callbacks.fine_tuning import FineTuning
+from fl_lightning.split.cost import BatchSeconds
 from fl_lightning.split.executor import SplitServer
 from fl_lightning.split.fit import SplitFit, account, connecting
 from fl_lightning.split.traffic import Traffic
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 class PersonalStage(FineTuning):
     """Lets every client fit its tail to itself after the rounds, while its front and the server's body stand still.
 
-    Activations still cross for every batch, up at the cut and down at the end; gradients do not. Bytes are counted
+    Activations still cross, up at the cut and down at the end, once for every example: the client keeps what came down,
+    as long as its front makes the same of it (no augmentation). Gradients do not cross. Bytes are counted
     where they are sent and belong to the run's ``bytes_up`` and ``bytes_down``; bytes and simulated seconds of the
     stage alone are in ``results.json`` under ``personal_stage``.
 
@@ -47,8 +49,19 @@ class PersonalStage(FineTuning):
     def results(self, loop: Server) -> dict[str, Any]:
         server, fits = self._lines.server, self._lines.fits
         traffic = sum((traffic for _, traffic in fits.values()), Traffic())
-        batches = [server.price(client, fits[client.id][0], "tail") for client in loop.clients if client.id in fits]
+        batches = [
+            [*server.price(client, fits[client.id][0], "tail"), self._rest(client)]
+            for client in loop.clients
+            if client.id in fits
+        ]
         return {"personal_stage": {"bytes": traffic.numbers(), "simulated_seconds": server.seconds_of(batches)}}
+
+    def _rest(self, client: ClientInfo) -> BatchSeconds:
+        """Return the seconds of a client's batches for which nothing crosses: its tail alone."""
+        server = self._lines.server
+        examples = self.epochs * client.num_train or self.steps * client.batch_size
+        rest = max(0, examples - sum(self._lines.fits[client.id][0]))
+        return BatchSeconds(0.0, 0.0, server.tail_seconds(client, rest), 0.0, 0.0)
 
 
 class _Lines(SplitFit):

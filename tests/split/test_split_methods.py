@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +20,12 @@ from fl_lightning.run.command_line import CONF
 from fl_lightning.run.config import plain
 from fl_lightning.run.folder import RunFolder
 from fl_lightning.run.training import assemble
+from fl_lightning.seeding import derive_seed
 from fl_lightning.split.aggregators import EdgeAggregator
 from fl_lightning.split.cost import batch_bytes
 from fl_lightning.split.executor import SplitExecutor, SplitServer
+from fl_lightning.split.module import SplitModule
+from fl_lightning.state import num_bytes
 from tests.federations import Federation, assert_same, federation
 from tests.split.halves import make_module
 
@@ -174,14 +179,17 @@ def test_last_personal_stage_is_in_the_account(method: str, tiny_root: Path, tmp
         loop.state = dict(loop.state)
     sizes = {client.id: [len(y) for _, y in client.data.train_dataloader()] for client in run.clients}
     profile = server.latency.model.blocks
-    examples = 3 * sum(sum(some) for some in sizes.values())
+    examples = sum(sum(some) for some in sizes.values())  # the client keeps what came down in the first epoch
     up, down = (sum(row[f"traffic/bytes_{way}"] for row in loop.history) for way in ("up", "down"))
     assert loop.bytes_up - up == examples * profile[0].out_bytes
     assert loop.bytes_down - down == examples * profile[-1].out_bytes
     result = loop.callbacks["final"].results(loop)["personal_stage"]
     assert result["bytes"]["gradient_up"] == result["bytes"]["gradient_down"] == 0
+    model = server.latency.model
+    flops = model.flops(server.cuts[0].end, len(model.blocks)) + model.head.flops
     slowest = max(
-        sum(server.latency.batch(server.cuts[i], server.profiles[i], size, "tail").total for size in 3 * some)
+        sum(server.latency.batch(server.cuts[i], server.profiles[i], size, "tail").total for size in some)
+        + 2 * 3 * sum(some) * flops / server.profiles[i].flops_per_second
         for i, some in sizes.items()
     )
     assert slowest <= result["simulated_seconds"] < 1.05 * slowest
@@ -219,6 +227,46 @@ def test_phsfl_never_moves_the_head_before_the_end(tiny_root: Path, tmp_path: Pa
         assert not any(torch.equal(model[name], initial[name]) for model in models)
         assert not torch.equal(models[0][name], models[1][name])
     assert all(torch.equal(models[0][name], models[2][name]) for name in initial if name not in head)
+
+
+def test_relayed_ends_are_one_model_that_goes_round(tiny_root: Path, tmp_path: Path) -> None:
+    """As plain SGD over the clients' batches, one client after another; the ends' bytes are counted both ways."""
+    given = [
+        "callbacks.server.relay=true", "sharing.shared=['*']", "callbacks.client_optimizer=null", "optimizer=sgd",
+        "optimizer.momentum=0", "+model.batch_norm=false", "module.end=0",
+    ]  # fmt: skip
+    run = train(tiny_root, tmp_path / "run", "sl", *given)
+    loop, server = run.loop, run.loop.callbacks["server"]
+    whole = make_tiny_module(run.module, loop.local.initial)
+    optimizer = torch.optim.SGD(whole.parameters(), lr=loop.local.optimizer.keywords["lr"])
+    for number in range(loop.round):
+        for client in run.clients:
+            client.data.seed(derive_seed(3, "batches", number, client.id))
+            for x, y in client.data.train_dataloader():
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(whole(x), y).backward()
+                optimizer.step()
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(loop.state[name], tensor, rtol=1e-4, atol=1e-6)
+    ends = sum(num_bytes({n: loop.state[n]}) for n in run.module.parts(server.cuts[0]).client)
+    assert loop.bytes_up == server.traffic.up + len(run.clients) * loop.round * ends
+    with pytest.raises(ValueError, match="relay=true hands the clients' part on, which takes one cut"):
+        train(tiny_root, tmp_path / "other", "sl", "callbacks.server.relay=true")
+
+
+def make_tiny_module(module: SplitModule, state: dict[str, torch.Tensor]) -> torch.nn.Module:
+    whole = copy.deepcopy(torch.nn.Sequential(OrderedDict(backbone=module.backbone, head=module.head)))
+    whole.requires_grad_(True)
+    whole.load_state_dict(state)
+    return whole.train()
+
+
+def test_bytes_between_edges_and_cloud_are_counted(tiny_root: Path, tmp_path: Path) -> None:
+    run = train(tiny_root, tmp_path / "run", "phsfl", "loop.rounds=3")
+    found = run.loop.callbacks["server"].results(run.loop)["split"]["bytes"]
+    once = 2 * num_bytes(run.loop.state)  # two edge servers, of three rounds one ends at the cloud
+    assert found["edges_to_cloud"] == found["cloud_to_edges"] == once
+    assert run.loop.history[-1]["split/edges_to_cloud"] == once
 
 
 def update(client: int, value: float, examples: int) -> Update:
