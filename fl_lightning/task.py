@@ -318,6 +318,9 @@ Segmentation.losses = {**_Classes.losses, "dice": soft_dice}
 class Language(_Places):
     """The next token: logits (N, T, V) for targets int64 (N, T), or (N, V) for (N,).
 
+    The metric ``exact_match`` is the share of examples of which every target that counts has the largest logit: those
+    whose answer the model, writing the likeliest token each time, would write to the letter.
+
     Args:
         loss: ``cross_entropy``, or a callable.
         ignored: Targets of this value do not count, such as padding and the words of a question.
@@ -345,7 +348,18 @@ class Language(_Places):
     def metrics(self) -> Mapping[str, Named]:
         choices = {} if self.choices is None else {"choice_accuracy": Mean(self._right_choices)}
         perplexity = Mean(self.loss_sum, torch.exp, higher_is_better=False)
-        return {"perplexity": perplexity, **super().metrics, **choices}
+        exact = Mean(self._exact, count=self._answers)
+        return {"perplexity": perplexity, **super().metrics, **choices, "exact_match": exact}
+
+    def _exact(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        right = (outputs.argmax(-1) == targets) | (targets == self.ignored)
+        return (right.reshape(len(targets), -1).all(1) & self._counts(targets)).sum().float()
+
+    def _answers(self, targets: Tensor) -> Tensor:
+        return self._counts(targets).sum()
+
+    def _counts(self, targets: Tensor) -> Tensor:
+        return (targets != self.ignored).reshape(len(targets), -1).any(1)
 
     def _right_choices(self, outputs: Tensor, targets: Tensor) -> Tensor:
         assert self.choices is not None

@@ -47,11 +47,18 @@ class Mean:
         add: From flat outputs and targets (see :meth:`fl_lightning.task.Task.flat`) the sum over the targets.
         finish: From the mean the metric; None: the mean itself.
         higher_is_better: Whether more is better.
+        count: Of a mean over examples with several targets each: from targets, not flat, the number of examples.
+            ``add`` then takes outputs and targets that are not flat either. None: a mean over flat targets.
     """
 
     add: Callable[[Tensor, Tensor], Tensor]
     finish: Callable[[Tensor], Tensor] | None = None
     higher_is_better: bool = True
+    count: Callable[[Tensor], Tensor] | None = None
+
+    def sum(self, whole: tuple[Tensor, Tensor], flat: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the sum over a batch, given as it is and flat."""
+        return self.add(*(flat if self.count is None else whole))
 
     def value(self, mean: Tensor) -> float:
         """Return the metric of a mean."""

@@ -175,6 +175,7 @@ class Metrics:
             return {}, {}, None
         means = [name for name in chosen if name in self._means]
         found = self._torchmetrics(data.num_classes, chosen)
+        examples: dict[str, int | Tensor] = {name: 0 for name in means if self._means[name].count is not None}
         total: Tensor | None = None
         counts: Tensor | None = None
         seen: int | Tensor = 0
@@ -182,10 +183,13 @@ class Metrics:
             device = _device(module)
             for x, y in batches_of(data, split):
                 outputs = _outputs(forward, x, device)
-                outputs, y = self.task.flat(outputs, y.to(outputs.device, non_blocking=True))
+                whole = (outputs, y.to(outputs.device, non_blocking=True))
+                outputs, y = self.task.flat(*whole)
                 seen = seen + self.task.count(y)
+                for name in examples:
+                    examples[name] = examples[name] + self._counted(name, whole[1])
                 if means:
-                    one = torch.stack([self._means[name].add(outputs, y) for name in means])
+                    one = torch.stack([self._means[name].sum(whole, (outputs, y)) for name in means])
                     total = one if total is None else total + one
                 for metric in found.values():
                     self._update(metric, outputs, y)
@@ -200,9 +204,10 @@ class Metrics:
         if total is not None:
             # One transfer from the device. The quotient is float32, as torchmetrics forms it.
             total = total.cpu()
-            for name, part, mean in zip(means, total, total / number, strict=True):
-                values[name] = self._means[name].value(mean)
-                totals[name] = {"sum": part.double(), "count": torch.tensor(number, dtype=torch.float64)}
+            for name, part in zip(means, total, strict=True):
+                over = float(examples.get(name, number))
+                values[name] = self._means[name].value(part / over)
+                totals[name] = {"sum": part.double(), "count": torch.tensor(over, dtype=torch.float64)}
         for name, metric in found.items():
             values[name] = one_number(name, metric)
             totals[name] = {key: _joined(value) for key, value in metric.metric_state.items()}
@@ -212,18 +217,25 @@ class Metrics:
     def of_outputs(self, outputs: Tensor, targets: Tensor, names: Iterable[str], num_classes: int) -> dict[str, float]:
         """Form metrics of outputs and targets that are there already."""
         chosen = tuple(names)
+        whole = (outputs, targets)
         outputs, targets = self.task.flat(outputs, targets)
         values = {}
         for name in chosen:
             if name == "loss" and name in self._means:
                 values[name] = float(self.task.mean_loss(outputs, targets))
             elif name in self._means:
-                mean = self._means[name].add(outputs, targets).double() / self.task.count(targets)
+                over = self._counted(name, whole[1]) if self._means[name].count else self.task.count(targets)
+                mean = self._means[name].sum(whole, (outputs, targets)).double() / over
                 values[name] = self._means[name].value(mean)
         for name, metric in self._torchmetrics(num_classes, chosen).items():
             self._update(metric, outputs, targets)
             values[name] = one_number(name, metric)
         return values
+
+    def _counted(self, name: str, targets: Tensor) -> Tensor:
+        count = self._means[name].count
+        assert count is not None
+        return count(targets)
 
     def mode(self, name: str, num_classes: int) -> str:
         """Return ``max`` or ``min``: which values of a metric are better, as torchmetrics says of it."""

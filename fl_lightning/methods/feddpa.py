@@ -14,14 +14,11 @@ from typing_extensions import override
 from fl_lightning.checks import whole, within
 from fl_lightning.client import Client
 from fl_lightning.methods.low_rank_merging import need_adapters
-from fl_lightning.models.adapters import ADAPTER, Adapters
+from fl_lightning.models.adapters import ADAPTER, LOCAL, Adapters
 from fl_lightning.models.model import Model
 from fl_lightning.module import Batch, FederatedModule, with_value_of
 from fl_lightning.state import State
 from fl_lightning.task import Task
-
-LOCAL = "local"
-"""The name of the adapter that stays with its client."""
 
 
 class _Mixture:

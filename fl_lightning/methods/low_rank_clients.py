@@ -144,11 +144,14 @@ class ClientRanks(LowRankCallback):
         """Return the rank of a client's adapters."""
         return self.pruned.get(client, self._given.get(client, self._full))
 
+    def cut(self, state: State, client: int) -> State:
+        """Return the adapters of a state as a client has them, up to its rank."""
+        parts = [cut(layer, state, self.rank(client)) for layer in self.layers]
+        return {name: tensor.contiguous() for part in parts for name, tensor in part.items()}
+
     @override
     def on_broadcast(self, loop: Server, client: ClientInfo, broadcast: Broadcast) -> None:
-        for layer in self.layers:
-            part = cut(layer, broadcast.state, self.rank(client.id))
-            broadcast.state |= {name: tensor.contiguous() for name, tensor in part.items()}
+        broadcast.state |= self.cut(broadcast.state, client.id)
 
     @override
     def on_download(self, client: Client, state: State) -> State:

@@ -23,6 +23,9 @@ from fl_lightning.state import State
 ADAPTER = "default"
 """The name that peft gives to a layer's only adapter; it stands in the tensors' names."""
 
+LOCAL = "local"
+"""The name of an adapter that stays with its client, beside one that does not."""
+
 KINDS = ("auto", "attention", "linear")
 
 #: What attention's linear layers are called in timm, in transformers and here.
@@ -245,7 +248,9 @@ def without_prompt(name: str, tensor: Tensor) -> Tensor:
     return torch.zeros_like(tensor) if name == "prompt" else tensor.detach().clone()
 
 
-def save_peft(folder: Path, module: nn.Module, state: Mapping[str, Tensor], head_path: str) -> bool:
+def save_peft(
+    folder: Path, module: nn.Module, state: Mapping[str, Tensor], head_path: str, adapter: str = ADAPTER
+) -> bool:
     """Write adapters or a prompt, and the head, for ``peft.PeftModel.from_pretrained(plain_model, folder)``.
 
     Args:
@@ -253,6 +258,7 @@ def save_peft(folder: Path, module: nn.Module, state: Mapping[str, Tensor], head
         module: The module, for its layers with adapters; its parts are ``backbone`` and ``head``.
         state: All its tensors.
         head_path: Module path of the head in the plain model.
+        adapter: Which adapter, where layers have more than one.
 
     Returns:
         Whether it was written: not for a model without adapters, nor where the folder could not say all that was
@@ -261,7 +267,10 @@ def save_peft(folder: Path, module: nn.Module, state: Mapping[str, Tensor], head
     if "backbone.prompt" in state:
         return _save_prompt(folder, module, state, head_path)
     layers = [layer for layer in adapted_layers(module) if layer.name.startswith("backbone.")]
-    told = {name for layer in layers for name in (layer.a, layer.b)}
+    factors = {
+        layer.name: [one.replace(f".{ADAPTER}.", f".{adapter}.") for one in (layer.a, layer.b)] for layer in layers
+    }
+    told = {name for layer in layers for name in (layer.a, layer.b, *factors[layer.name])}
     named = {name for name, _ in module.named_parameters() if name in state and name.startswith(("backbone.", "head."))}
     trained = named - set(getattr(module, "base_names", ()))
     head = {name for name in trained if name.startswith("head.")}
@@ -272,9 +281,9 @@ def save_peft(folder: Path, module: nn.Module, state: Mapping[str, Tensor], head
     prefix = "base_model.model."
     tensors = {f"{prefix}{head_path}.{name.removeprefix('head.')}": state[name] for name in head}
     for layer in layers:
-        tensors[f"{prefix}{plain[layer.name]}.lora_A.weight"] = state[layer.a]
-        tensors[f"{prefix}{plain[layer.name]}.lora_B.weight"] = state[layer.b]
-    rank = state[layers[0].a].shape[0]
+        for side, name in zip("AB", factors[layer.name], strict=True):
+            tensors[f"{prefix}{plain[layer.name]}.lora_{side}.weight"] = state[name]
+    rank = tensors[f"{prefix}{plain[layers[0].name]}.lora_A.weight"].shape[0]
     config = need_peft().LoraConfig(
         r=rank,
         lora_alpha=layers[0].scale * rank,

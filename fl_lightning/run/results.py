@@ -14,10 +14,13 @@ from fl_lightning.callbacks.federated_evaluation import CHOOSING, VIEWS, Federat
 from fl_lightning.client import ClientInfo, Scores
 from fl_lightning.evaluation.results import write_json
 from fl_lightning.evaluation.tables import plain_table
+from fl_lightning.executors.executor import Simulation
 from fl_lightning.loop import DivergedError, FederatedLoop
-from fl_lightning.models.adapters import merged, save_peft
+from fl_lightning.methods.low_rank_clients import ClientRanks
+from fl_lightning.models.adapters import ADAPTER, LOCAL, adapted_layers, merged, save_peft
 from fl_lightning.models.export import export_state_dict
 from fl_lightning.run.folder import RunFolder
+from fl_lightning.state import State
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +62,13 @@ def finish(
             views = [view for view in VIEWS if KEPT_WITH[view] == chooser and view in last]
             kept.update(evaluation.evaluate(loop, "test", views))
             rounds.update(dict.fromkeys(views, evaluation.best[chooser]["round"]))
+        if chooser == "personal" and "personal" in last:
+            keep_adapters(loop, run_folder, None)
         if chooser == "global" and "global" in last and (state := loop.global_state()) is not None:
             plain_state = merged(loop.module, state)
             if not loop.sharing.merged:  # beside the base that the run began with
                 save_peft(run_folder.path / "adapter", loop.module, state, loop.module.head_path)
+                keep_adapters(loop, run_folder, state)
             files.save(run_folder.global_model, export_state_dict(plain_state, loop.module.head_path))
             one_sided = of_one_class(loop, evaluation)
 
@@ -175,6 +181,29 @@ def title_of(metric: str) -> str:
     return (
         metric.upper() if metric in ("auroc", "ece", "f1", "iou", "mae", "mse", "r2", "rmse") else metric.capitalize()
     )
+
+
+def keep_adapters(loop: FederatedLoop, run_folder: RunFolder, state: State | None) -> None:
+    """Write clients' own adapters as PEFT folders: of personal models, or of the global one cut to each client's rank.
+
+    What is at sites stays there. Where a client mixes two adapters, its own is written.
+
+    Args:
+        loop: The federation.
+        run_folder: Where ``adapters/client_<id>`` go.
+        state: All tensors of the global model; None: personal models are meant.
+    """
+    ranks = next((one for one in loop.federated_callbacks if isinstance(one, ClientRanks)), None)
+    if not adapted_layers(loop.module) or not isinstance(loop.executor, Simulation) or (state and not ranks):
+        return
+    for client in loop.clients:
+        own = loop.personal_state(client) if state is None else state
+        if ranks is not None:
+            own = {**own, **ranks.cut(own, client.id)}
+        adapter = LOCAL if any(f".{LOCAL}." in name for name in own) else ADAPTER
+        save_peft(
+            run_folder.path / "adapters" / f"client_{client.id}", loop.module, own, loop.module.head_path, adapter
+        )
 
 
 def of_one_class(loop: FederatedLoop, evaluation: FederatedEvaluation) -> list[str]:

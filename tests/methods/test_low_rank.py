@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from fl_lightning.callback import FederatedCallback
 from fl_lightning.models.adapters import adapted_layers
+from fl_lightning.models.export import export_state_dict
+from fl_lightning.run.folder import RunFolder
+from fl_lightning.run.results import finish
 from fl_lightning.run.training import Federation
 from fl_lightning.state import State, num_bytes
-from tests.federations import federation
+from tests.federations import config, federation
+from tests.models.test_compact import VIT
 
 pytest.importorskip("peft")
 
@@ -188,3 +194,37 @@ def test_a_client_that_was_away_gets_what_it_missed(tiny_root: Path, tmp_path: P
 def test_bad_input_is_one_sentence(words: list[str], message: str, tiny_root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         train(tiny_root, tmp_path, "flora", *words)
+
+
+@pytest.mark.parametrize("method", ["fedsa_lora", "feddpa", "hetlora"])
+def test_peft_reads_each_clients_own_adapters(method: str, tiny_root: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2, "mlp_ratio": 2.0}
+    words = [f"method={method}", *VIT, "loop.rounds=2", "optimizer.lr=0.3"]
+    run = federation(tiny_root, tmp_path, *words)
+    base = {name: tensor.clone() for name, tensor in run.module.state_dict().items() if "lora_" not in name}
+    plain = export_state_dict({n.replace(".base_layer.", "."): t for n, t in base.items()}, run.module.head_path)
+    x, outputs, module = torch.rand(4, 3, 8, 8), [], run.module
+    with run.open():
+        run.loop.run_rounds()
+        finish(run.loop, RunFolder(tmp_path), config(tiny_root, *words), run.partition_hash)
+        for client in run.loop.clients:
+            state = run.loop.global_state() if method == "hetlora" else run.loop.personal_state(client)
+            if method == "hetlora":
+                run.loop.callbacks["evaluation"].restore(run.loop, "global")
+                state = dict(run.loop.global_state())
+                rank = run.loop.callbacks["ranks"].rank(client.id)
+                for layer in adapted_layers(module):
+                    state[layer.a] = state[layer.a].clone()
+                    state[layer.a][rank:] = 0
+            module.load_state_dict(state)
+            module.eval()
+            with module._shares(0.0, 1.0) if method == "feddpa" else nullcontext():
+                outputs.append(module(x))
+    for client, expected in zip(run.loop.clients, outputs, strict=True):
+        model = VisionTransformer(**sizes, num_classes=3)
+        model.load_state_dict(plain)
+        folder = tmp_path / f"adapters/client_{client.id}"
+        read = peft.PeftModel.from_pretrained(model, str(folder)).eval()
+        torch.testing.assert_close(read(x), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(outputs[0], outputs[1])

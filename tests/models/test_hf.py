@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fl_lightning.callbacks.freeze_schedule import FreezeSchedule
+from fl_lightning.client import Scores
 from fl_lightning.data.sets.texts import IGNORED, Texts
+from fl_lightning.evaluation.named_metrics import Mean
+from fl_lightning.evaluation.predict import Metrics
 from fl_lightning.evaluation.results import MetricsTable, read_json
 from fl_lightning.models import vit
 from fl_lightning.models.adapters import Adapters, save_peft
@@ -257,3 +260,60 @@ def test_a_model_may_have_a_few_more_rows_than_its_tokenizer_has_tokens() -> Non
     x = tokens(250)
     module.task.check(module(x), x, 250)
     assert module(x).shape[-1] == 256
+
+
+def test_an_answer_is_right_where_all_its_tokens_are() -> None:
+    targets = torch.tensor([[IGNORED, 1, 2], [IGNORED, 1, 2], [IGNORED] * 3, [0, IGNORED, IGNORED]])
+    guesses = torch.tensor([[2, 1, 2], [0, 1, 1], [0, 0, 0], [0, 1, 1]])
+    outputs = functional.one_hot(guesses, 3).float()
+    metrics = Metrics(dict.fromkeys(["exact_match", "accuracy"]), Language())
+    expected = {"exact_match": pytest.approx(2 / 3), "accuracy": pytest.approx(4 / 5)}
+    assert metrics.of_outputs(outputs, targets, ["exact_match", "accuracy"], 3) == expected
+
+    class Data:
+        num_classes = 3
+
+        def test_dataloader(self) -> Any:
+            return [(outputs[:3], targets[:3]), (outputs[3:], targets[3:])]
+
+    values, totals, _ = metrics.score(lambda x: x, Data())  # type: ignore[arg-type]
+    assert values == expected
+    pooled = metrics.pooled([Scores(0, 4, values, totals, None, None)] * 2, 3)
+    assert pooled == expected
+
+
+def test_an_exact_match_is_what_the_model_would_write() -> None:
+    torch.manual_seed(0)
+    module = FederatedModule(hf(11, config=TINY["gpt2"]), task=Language()).eval()
+    x = tokens()
+    for _ in range(3):  # write three tokens, the likeliest each time
+        x = torch.cat([x, module(x)[:, -1:].argmax(-1)], 1)
+    targets = torch.cat([torch.full((4, 5), IGNORED), x[:, 6:]], 1)
+    exact = Language().metrics["exact_match"]
+    assert isinstance(exact, Mean)
+    assert exact.add(module(x[:, :-1]), targets) == 4
+    targets[0, -1] = (targets[0, -1] + 1) % 11
+    assert exact.add(module(x[:, :-1]), targets) == 3
+
+
+def test_rows_of_a_parquet_are_the_lines_of_a_jsonl(corpus: Path, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    for path in (corpus / "lines").iterdir():
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"{path.stem}.parquet")
+    one, other = texts(corpus, prompt="prompt"), texts(corpus, prompt="prompt", root=str(tmp_path))
+    for first, second in zip(one.clients, other.clients, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(first.examples("train"), second.examples("train"), strict=True))
+    with pytest.raises(ValueError, match="row 1: must have the field 'body', and has prompt, text, kind; "):
+        texts(corpus, root=str(tmp_path), text="body")
+    (tmp_path / "ann.parquet").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="ann.parquet is damaged, or no parquet file"):
+        texts(corpus, root=str(tmp_path))
+
+
+def test_a_parquet_without_pyarrow_names_the_extra(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "ann.parquet").write_bytes(b"")
+    with mock.patch.dict("sys.modules", pyarrow=None), pytest.raises(ImportError, match=r"fl_lightning\[text\]"):
+        texts(corpus, root=str(tmp_path))

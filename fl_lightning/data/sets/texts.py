@@ -25,12 +25,12 @@ Encode = Callable[[str], list[int]]
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Texts(FederatedData):
-    """Reads ``root/<client>.txt`` or ``root/<client>.jsonl`` as tokens.
+    """Reads ``root/<client>.txt``, ``.jsonl`` or ``.parquet`` as tokens.
 
     For a language model an example is ``length`` tokens, and its targets the tokens that follow each. A ``.txt`` is cut
-    into windows that do not overlap. A line of a ``.jsonl`` is one example, filled up at the right; what fills it up,
-    and its prompt, do not count. With ``label`` the target is the class of the text: any values, in sorted order. The
-    end of a file is kept for testing.
+    into windows that do not overlap. A line of a ``.jsonl``, or a row of a ``.parquet``, is one example, filled up at
+    the right; what fills it up, and its prompt, do not count. With ``label`` the target is the class of the text: any
+    values, in sorted order. The end of a file is kept for testing.
 
     Args:
         root: The folder.
@@ -46,7 +46,7 @@ class Texts(FederatedData):
 
     Raises:
         FileNotFoundError: If the folder is missing or has no client.
-        ImportError: If a tokenizer is asked for and transformers is not installed.
+        ImportError: If a tokenizer is asked for and transformers is not installed, or a ``.parquet`` and pyarrow.
         ValueError: If a file is not as described, saying which.
     """
 
@@ -69,12 +69,12 @@ class Texts(FederatedData):
         one_of("longer", self.longer, Longer)
         if self.root is None or not Path(self.root).is_dir():
             raise FileNotFoundError(
-                f"data.root must name a folder with one .txt or .jsonl per client, got {self.root!r}"
+                f"data.root must name a folder with one .txt, .jsonl or .parquet per client, got {self.root!r}"
             )
         root = Path(self.root)
-        files = sorted(path for path in root.iterdir() if path.suffix in (".txt", ".jsonl"))
+        files = sorted(path for path in root.iterdir() if path.suffix in (".txt", ".jsonl", ".parquet"))
         if not files:
-            raise FileNotFoundError(f"data.root must hold a .txt or .jsonl per client, and {root} holds none")
+            raise FileNotFoundError(f"data.root must hold a .txt, .jsonl or .parquet per client, and {root} holds none")
         encode, vocabulary, padding = open_tokenizer(self.tokenizer)
         found = {path.stem: self._examples(path, encode, padding) for path in files}
         if len(found) < len(files):
@@ -101,9 +101,15 @@ class Texts(FederatedData):
         """Return the examples of a file: tokens, targets and label of each."""
         if path.suffix == ".txt":
             if self.label or self.prompt:
-                raise ArgumentError(f"label and prompt must be null for plain texts such as {path.name}; use .jsonl")
+                raise ArgumentError(
+                    f"label and prompt must be null for plain texts such as {path.name}; use .jsonl or .parquet"
+                )
             tokens = encode(path.read_text(encoding="utf-8", errors="replace"))
             rows = [self._example(part, 0, padding) for part in self._windows(tokens) if len(part) == self.length + 1]
+        elif path.suffix == ".parquet":
+            rows = []
+            for number, entry in enumerate(read_parquet(path), 1):
+                rows += self._entry(entry, f"{path}, row {number}", encode, padding)
         else:
             rows = []
             for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -120,6 +126,10 @@ class Texts(FederatedData):
             entry = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}: must be JSON, got {error}") from error
+        return self._entry(entry, where, encode, padding)
+
+    def _entry(self, entry: Any, where: str, encode: Encode, padding: int) -> list[tuple[list[int], list[int], Any]]:
+        """Return the examples of a line or a row."""
         fields = [field for field in (self.text, self.prompt, self.label) if field is not None]
         for field in fields:
             if not isinstance(entry, dict) or field not in entry:
@@ -145,6 +155,24 @@ class Texts(FederatedData):
         targets = [IGNORED if place < skipped else token for place, token in enumerate(tokens)][1:]
         missing = self.length - len(targets)
         return tokens[: len(targets)] + [padding] * missing, targets + [IGNORED] * missing, None
+
+
+def read_parquet(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a ``.parquet``.
+
+    Raises:
+        ImportError: If pyarrow is not installed.
+        ValueError: If the file is damaged.
+    """
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise ImportError(f"{path} needs pyarrow: pip install 'fl_lightning[text]'") from error
+    try:
+        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged, or no parquet file: {str(error).splitlines()[0]}") from error
+    return rows
 
 
 def open_tokenizer(name: str | None) -> tuple[Encode, int, int]:
