@@ -162,6 +162,7 @@ class FederatedLoop:
         self.module = module
         self.local.metrics = self.metrics
         self.local.setup(module, self.sharing, list(self.callbacks.values()), self.seed)
+        self.local.keeps_updates = self._updates_may_stay()
         self._people = [*clients, *unseen]
         newcomers = {client.id for client in unseen}
         with self._reach():
@@ -170,7 +171,6 @@ class FederatedLoop:
             self.clients = [info for info in known if info not in self.unseen]
             self.cohort.size(len(self.clients))
             self.aggregator.setup(module, self.clients, self.device)
-            self.local.keeps_updates = self._updates_may_stay()
             self.state = {name: self.local.initial[name] for name in self.sharing.names(module)}
             if resume is not None:
                 self.load_state_dict(resume)
@@ -183,7 +183,7 @@ class FederatedLoop:
     def _updates_may_stay(self) -> bool:
         """Tell whether updates are averaged where they were trained: nothing else may ask for their tensors."""
         return (
-            self.executor.trains_here
+            self.executor.keeps_updates(self.device)
             and self.aggregator.only_averages
             and type(self.local.plan) is FitPlan
             and self.device.type != "mps"  # which has no float64 to sum in

@@ -157,6 +157,11 @@ class Packed(State):
         whole = len(self) == len(self._views) and all(map(operator.is_, self.values(), self._views))
         return self._vectors if whole else None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel as the vectors alone."""
+        vectors = self.vectors
+        return (dict, (dict(self),)) if vectors is None else (Packed, (self.layout, vectors, None, self.finite))
+
 
 def pack(state: Mapping[str, Tensor], names: Iterable[str] | None = None) -> Packed:
     """Copy tensors to where they are, detached, side by side.

@@ -242,4 +242,8 @@ def test_who_reads_updates_merges_otherwise_or_is_elsewhere_gets_them_on_the_cpu
 
     assert [kind().needs_updates for kind in (FederatedCallback, Reads, Watches)] == [False, True, False]
     assert [kind.only_averages for kind in (Aggregator, Other, Weighs)] == [True, False, True]
-    assert [kind.trains_here for kind in (SerialExecutor, CohortExecutor, ProcessExecutor)] == [True, True, False]
+    kinds, places = (
+        (SerialExecutor(), CohortExecutor(), ProcessExecutor(1)),
+        (torch.device("cpu"), torch.device("cuda")),
+    )
+    assert [kind.keeps_updates(place) for place in places for kind in kinds] == [True] * 5 + [False]

@@ -110,8 +110,6 @@ class CohortExecutor(Simulation):
             is kept for as long as rounds have as many clients and as large batches.
     """
 
-    trains_here = True
-
     def __init__(self, clients: int = 100, graph: bool = False) -> None:
         at_least("clients", clients, 1)
         self.clients_at_once = clients
@@ -155,6 +153,10 @@ class CohortExecutor(Simulation):
 
     def _record(self, work: Callable[[], None]) -> Callable[[], None]:
         return record_cuda_graph(work, self.local.device)
+
+    @override
+    def keeps_updates(self, device: torch.device) -> bool:
+        return True
 
     @override
     def _answers(self, tasks: Iterable[tuple[Client, Message]]) -> Iterator[Fit | Scores | Exception]:

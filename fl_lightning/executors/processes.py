@@ -119,6 +119,10 @@ class ProcessExecutor(Simulation):
         self._fill_places()
 
     @override
+    def keeps_updates(self, device: torch.device) -> bool:
+        return device.type == "cpu"
+
+    @override
     def _answers(self, tasks: Iterable[tuple[Client, Message]]) -> Iterator[Fit | Scores | Exception]:
         self._fill_places()
         source = iter(tasks)

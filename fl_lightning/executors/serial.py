@@ -22,11 +22,13 @@ class SerialExecutor(Simulation):
             ``executor=processes``. None: as many as torch chooses.
     """
 
-    trains_here = True
-
     def __init__(self, threads: int | None = 1) -> None:
         within("threads", threads, "[1, 1024]", or_null=True)
         self.threads = threads
+
+    @override
+    def keeps_updates(self, device: torch.device) -> bool:
+        return True
 
     @override
     def _answers(self, tasks: Iterable[tuple[Client, Message]]) -> Iterator[Fit | Scores | Exception]:

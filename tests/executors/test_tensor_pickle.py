@@ -5,6 +5,7 @@ from torch import nn
 
 from fl_lightning.client import Update
 from fl_lightning.executors.tensor_pickle import dumps, loads
+from fl_lightning.state import pack
 
 
 def test_value_without_tensors_and_tensors_make_the_value_again() -> None:
@@ -19,6 +20,20 @@ def test_value_without_tensors_and_tensors_make_the_value_again() -> None:
     assert torch.equal(again.state["a"], weight)
     assert again.state["a"] is again.state["b"]
     assert again.extra["c"].tolist() == [True]
+
+
+def test_what_lies_side_by_side_travels_as_one() -> None:
+    packed = pack({"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([7.0]), "n": torch.tensor(8)})
+    data, tensors = dumps(packed)
+    assert [tensor.tolist() for tensor in tensors] == [[0, 1, 2, 3, 4, 5, 7], [8]]
+    again = loads(data, [tensor.clone() for tensor in tensors])
+    assert list(again) == ["a", "b", "n"]
+    assert again.vectors is not None
+    assert all(torch.equal(again[name], tensor) for name, tensor in packed.items())
+    packed["b"] = torch.tensor([9.0])  # no view of the vector any more
+    data, tensors = dumps(packed)
+    assert len(tensors) == 3
+    assert loads(data, tensors)["b"].tolist() == [9.0]
 
 
 def test_bytes_hold_no_weights() -> None:
