@@ -15,7 +15,7 @@ from fl_lightning.comparison.runner import compare
 from fl_lightning.comparison.table import BEST, in_every_seed, over_seeds, read_runs
 from fl_lightning.evaluation.tables import latex_table, markdown_table
 
-USAGE = """usage: python -m fl_lightning.compare COMPARISON [runs=NAME,NAME] [seeds=1,2,3] [folder=DIR]
+USAGE = """usage: python -m fl_lightning.compare COMPARISON|FILE.yaml [runs=NAME,NAME] [seeds=1,2,3] [folder=DIR]
        [overrides of train.py] [personalize.KEY=VALUE ..., overrides of personalize.py, where runs are personalized]
        python -m fl_lightning.compare RUN ... [--mixed]"""
 

@@ -67,7 +67,7 @@ class Comparison:
 
     @staticmethod
     def read(name: str) -> Comparison:
-        """Read ``conf/comparison/<name>.yaml``.
+        """Read ``conf/comparison/<name>.yaml``, or the file of one's own that a name ending in ``.yaml`` is.
 
         Raises:
             FileNotFoundError: If there is none.
@@ -76,9 +76,9 @@ class Comparison:
         try:
             merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Comparison), _content(name)))
         except OmegaConfBaseException as error:
-            raise ValueError(f"conf/comparison/{name}.yaml: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"comparison {name}: {str(error).splitlines()[0]}") from error
         assert isinstance(merged, Comparison)
-        merged.name = Path(name).name
+        merged.name = Path(name).name.removesuffix(".yaml")
         if merged.like:
             other = Comparison.read(merged.like)
             merged.runs, merged.grids = other.runs | merged.runs, other.grids | merged.grids
@@ -153,7 +153,8 @@ class Comparison:
 def _content(name: str) -> dict[str, Any]:
     """Return what a file holds, on top of those that it begins with."""
     root = CONF / "comparison"
-    if not (path := root / f"{name}.yaml").is_file():
+    path = Path(name) if name.endswith(".yaml") else root / f"{name}.yaml"
+    if not path.is_file():
         known = sorted(str(file.relative_to(root).with_suffix("")) for file in root.rglob("[!_]*.yaml"))
         close = get_close_matches(name, known)
         hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"

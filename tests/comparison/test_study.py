@@ -131,8 +131,11 @@ def test_a_file_begins_with_others(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (found.common, found.personalize) == (["x=1", "x=2", "x=3"], ["e=1"])  # the last one counts
     assert found.runs == {"r": ["y=1"], "s": []}
     assert found.personalized(3) == Path("a/three/seed_3")
+    (tmp_path / "own.yaml").write_text("defaults: [three]\nseeds: [4]")
+    own = Comparison.read(str(tmp_path / "own.yaml"))
+    assert (own.name, own.seeds, own.common) == ("own", [4], found.common)
     (folder / "odd.yaml").write_text("foldr: a")
-    with pytest.raises(ValueError, match=r"conf/comparison/odd.yaml: Key 'foldr' not in"):
+    with pytest.raises(ValueError, match=r"comparison odd: Key 'foldr' not in"):
         Comparison.read("odd")
     with pytest.raises(FileNotFoundError, match=r"no comparison 'thre'; did you mean three\?"):
         Comparison.read("thre")
