@@ -52,6 +52,8 @@ class FederatedEvaluation(FederatedCallback):
         clients: Number of clients to score, at least 1, of those that train and of those that never do; None: all. They
             are drawn once, by the run's seed, so that rounds can be compared; those with validation and test data come
             first. All scores of the run, final ones too, are then of these clients.
+        save_personal: Whether the personal models that are kept are written at the end, each whole, as the plain model
+            loads it: ``personal_models/<client>.pt``, and a peft folder beside it where there are adapters.
     """
 
     saved = ("best",)
@@ -63,6 +65,7 @@ class FederatedEvaluation(FederatedCallback):
         mode: Literal["max", "min"] | None = None,
         chooses: Literal["global", "personal"] | None = None,
         clients: int | None = None,
+        save_personal: bool = False,
     ) -> None:
         at_least("every", every, 1)
         at_least("clients", clients, 1, or_null=True)
@@ -73,6 +76,7 @@ class FederatedEvaluation(FederatedCallback):
         self.mode = mode
         self.chooses = chooses
         self.clients = clients
+        self.save_personal = save_personal
         self.best: dict[str, dict[str, Any]] = {}
         self.by_client: dict[View, list[float]] = {}
         """The newest test scores by view, a client of :meth:`people` each."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
@@ -72,6 +73,9 @@ def finish(
             files.save(run_folder.global_model, export_state_dict(plain_state, loop.module.head_path))
             one_sided = of_one_class(loop, evaluation)
 
+    if evaluation.save_personal:
+        save_personal_models(loop, run_folder)
+
     summaries = {view: evaluation.summaries(loop, view, scores, "test") for view, scores in kept.items()}
     last_summaries = {view: evaluation.summaries(loop, view, scores, "test") for view, scores in last.items()}
     metric = evaluation.metric
@@ -130,6 +134,16 @@ def finish(
         log_hyperparameters(loop, config, numbers, run_folder.started_with())
         loop.logger.finalize("success")
     return results
+
+
+def save_personal_models(loop: FederatedLoop, run_folder: RunFolder) -> None:
+    """Write every client's model, all its tensors under the plain model's names; clients hand them over for this."""
+    folder = run_folder.path / "personal_models"
+    for client in loop.clients:
+        state = loop.personal_state(client)
+        name = re.sub(r"[^\w.-]+", "_", client.name)
+        save_peft(folder / f"{name}_adapter", loop.module, state, loop.module.head_path)
+        files.save(folder / f"{name}.pt", export_state_dict(merged(loop.module, state), loop.module.head_path))
 
 
 def client_entries(loop: FederatedLoop, kept: Views, metric: str) -> list[dict[str, Any]]:

@@ -13,12 +13,15 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from fl_lightning import files
 from fl_lightning.callback import FederatedCallback
 from fl_lightning.client import Broadcast, Client, ClientInfo, Update
 from fl_lightning.fit.local import Fit
+from fl_lightning.run import training
 from fl_lightning.run.command_line import CONF
 from fl_lightning.run.config import plain
 from fl_lightning.run.folder import RunFolder
+from fl_lightning.run.overrides import composed
 from fl_lightning.run.training import assemble
 from fl_lightning.seeding import derive_seed
 from fl_lightning.split.aggregators import EdgeAggregator
@@ -26,7 +29,7 @@ from fl_lightning.split.cost import batch_bytes
 from fl_lightning.split.executor import SplitExecutor, SplitServer
 from fl_lightning.split.module import SplitModule
 from fl_lightning.state import num_bytes
-from tests.federations import Federation, assert_same, federation
+from tests.federations import Federation, assert_same, federation, tiny, tiny_model
 from tests.split.halves import make_module
 
 
@@ -227,6 +230,21 @@ def test_phsfl_never_moves_the_head_before_the_end(tiny_root: Path, tmp_path: Pa
         assert not any(torch.equal(model[name], initial[name]) for model in models)
         assert not torch.equal(models[0][name], models[1][name])
     assert all(torch.equal(models[0][name], models[2][name]) for name in initial if name not in head)
+
+
+def test_personal_models_of_client_and_body_are_exported(tiny_root: Path, tmp_path: Path) -> None:
+    """A plain model loads each file strictly, and scores what the results say of it."""
+    words = [*tiny(tiny_root), "method=flexp_sfl", "evaluation.save_personal=true", "logger=none", "dashboard=null"]
+    results = training.run(composed("train", words), tmp_path / "run")
+    model = tiny_model(3)
+    whole = model.backbone.eval()
+    whole.add_module("head", model.head)
+    clients = {client.name: client for client in federation(tiny_root, tmp_path / "again").clients}
+    for entry in results["clients"]:
+        whole.load_state_dict(files.read_tensors(tmp_path / "run" / "personal_models" / f"{entry['name']}.pt"))
+        x, y = next(iter(clients[entry["name"]].data.test_dataloader()))
+        with torch.no_grad():
+            assert (whole(x).argmax(1) == y).float().mean().item() == pytest.approx(entry["personal"])
 
 
 def test_relayed_ends_are_one_model_that_goes_round(tiny_root: Path, tmp_path: Path) -> None:
