@@ -153,3 +153,28 @@ def test_flexp_sfl_trains_adapters_of_a_language_model_on_prompts(tmp_path: Path
     row = loop.history[-1]
     assert 0 <= row["personal_on/everyone"] <= 1
     assert 0 <= row["test/personal/choice_accuracy/mean"] <= 1
+
+
+@pytest.mark.slow
+def test_the_authors_experiment_needs_only_weights_and_data(tmp_path: Path) -> None:
+    """Here weights of the same form and a thousandth of the size, and bytes for tokens."""
+    config = transformers.GPT2Config(n_embd=8, n_layer=24, n_head=2, vocab_size=256, bos_token_id=None)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "weights")
+    (tmp_path / "tasks").mkdir()
+    for number in range(10):
+        lines = [{"prompt": f"{k % 4} or not? Answer:", "text": " ABCD"[k % 4 + 1]} for k in range(10)]
+        (tmp_path / "tasks" / f"{number}_task.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    overrides = [
+        "experiment=split/gpt2_medium", f"model.name={tmp_path / 'weights'}", f"data.root={tmp_path / 'tasks'}",
+        "data.tokenizer=null", "data.length=32", "model.padding=0", "task.choices=[65,66,67,68]", "loop.rounds=1",
+        "logger=none", "dashboard=null",
+    ]  # fmt: skip
+    federation = assemble(plain(composed("train", overrides)), RunFolder(tmp_path / "run"))
+    federation.fit()
+    server = federation.loop.callbacks["server"]
+    assert (federation.module.start, federation.module.end) == (3, 23)
+    assert [server.cuts[client.id].at for client in federation.clients] == [4, 4, 4, 4, 10, 10, 7, 7, 7, 7]
+    assert 0 <= federation.loop.history[-1]["test/personal/choice_accuracy/mean"] <= 1
+    activation = 32 * 8 * 4  # bytes of an example's
+    assert server.traffic.activation_down == 10 * 3 * activation
+    assert server.traffic.activation_up == 2 * 10 * 3 * activation  # every client aligns
