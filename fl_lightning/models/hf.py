@@ -113,6 +113,11 @@ def _tensor(value: Any) -> Tensor:
     return value
 
 
+def is_missing(name: str) -> bool:
+    """Tell whether a name is the path of something that is not there, which the hub need not be asked for."""
+    return (name.startswith(("/", ".", "~")) or name.count("/") > 1) and not Path(name).expanduser().exists()
+
+
 def is_folder(path: str | Path) -> bool:
     """Tell whether a path is a folder that holds a model of transformers."""
     try:
@@ -188,6 +193,11 @@ def hf(
         raise ArgumentError(f"last must be false where kind is {kind}, got true")
     maker: Any = getattr(transformers, CLASSES[kind])
     sizes: dict[str, Any] = {"vocab_size": num_classes} if kind == "causal" else {"num_labels": num_classes}
+    if name is not None and is_missing(name):
+        raise ArgumentError(
+            f"name must be a folder, or a name on the hub, got {name}, which is not there; set model.name=null for a "
+            "new model"
+        )
     if name is not None:
         labels = {} if kind == "causal" else sizes
         own = {"trust_remote_code": False, **labels}
@@ -213,7 +223,9 @@ def hf(
         try:
             model = maker.from_config(transformers.AutoConfig.for_model(config["model_type"], **{**sizes, **own}))
         except (ValueError, TypeError, KeyError) as error:
-            raise ArgumentError(f"config must describe a {kind} model, got {dict(config)}: {error}") from error
+            raise ArgumentError(
+                f"config must describe a model of kind={kind}, got {dict(config)}: {str(error).splitlines()[0][:160]}"
+            ) from error
     model.float()
     known = model.config
     # Some models have more rows than their tokenizer has tokens, so that sizes divide.
@@ -229,6 +241,11 @@ def hf(
         )
     padding = getattr(known, "pad_token_id", None) if padding is None else padding
     if kind == "sequence" and known.pad_token_id is None:
+        if padding is None:
+            raise ArgumentError(
+                "padding must be the token that fills up shorter texts for a model that names none, such as 0 for "
+                "bytes, got null"
+            )
         known.pad_token_id = padding
     path = _last_linear(model, known.vocab_size if kind == "causal" else num_classes, kind)
     head = model.get_submodule(path)

@@ -93,7 +93,13 @@ def test_images(tmp_path: Path) -> None:
     [
         ({"config": TINY["gpt2"], "kind": "text"}, "kind must be one of causal, sequence, image"),
         ({"config": {"n_embd": 8}}, "config must hold a model_type"),
-        ({"config": {"model_type": "gpt22"}}, "config must describe a causal model"),
+        ({"config": {"model_type": "gpt22"}}, "config must describe a model of kind=causal"),
+        (
+            {"config": {"model_type": "gpt2"}, "kind": "image"},
+            "config must describe a model of kind=image, got .{,300}$",
+        ),
+        ({"config": TINY["gpt2"], "kind": "sequence"}, "padding must be the token that fills up shorter texts"),
+        ({"name": "/no/such"}, "name must be a folder, or a name on the hub, got /no/such, which is not there"),
         ({"config": TINY["gpt2"], "in_channels": 3}, "kind must be image for images of 3 channels"),
         ({"config": {**TINY["gpt2"], "vocab_size": 12}}, "knows 12 tokens, and the data have 11"),
         ({"config": TINY["gpt2"] | {"n_positions": 16}, "image_size": 32}, "at most 16 tokens for this model, got 32"),
@@ -206,12 +212,13 @@ def test_a_plain_text_is_cut_into_windows(tmp_path: Path) -> None:
         ),
         ({"text": "body"}, "must have the field 'body', and has prompt, text, kind; set data.body"),
         ({"tokenizer": "."}, "data.tokenizer=. cannot be loaded"),
+        ({"tokenizer": "./no/such.json"}, "data.tokenizer must be a folder, .* got ./no/such.json, which is not there"),
         ({"longer": "drop"}, "longer must be one of refuse, cut, windows"),
         ({"length": 0}, "length must be a whole number of at least 1"),
     ],
 )
 def test_wrong_texts_are_one_sentence(options: dict[str, Any], message: str, corpus: Path) -> None:
-    with pytest.raises(ValueError, match=message.replace("data.body", "data.")):
+    with pytest.raises((ValueError, FileNotFoundError), match=message.replace("data.body", "data.")):
         texts(corpus, **options)
 
 

@@ -15,6 +15,7 @@ from fl_lightning.checks import ArgumentError, one_of, whole, within
 from fl_lightning.data.federated_data import Examples, FederatedData
 from fl_lightning.data.pools import SequencePool, TokenPool
 from fl_lightning.data.splits import ClientIndices, hold_out
+from fl_lightning.models.hf import is_missing
 
 IGNORED = -100
 """Target of a position that does not count."""
@@ -191,6 +192,10 @@ def open_tokenizer(name: str | None) -> tuple[Encode, int, int]:
         import transformers
     except ImportError as error:
         raise ImportError("data.tokenizer needs transformers: pip install 'fl_lightning[text]'") from error
+    if is_missing(name):
+        raise FileNotFoundError(
+            f"data.tokenizer must be a folder, a tokenizer.json or a name on the hub, got {name}, which is not there"
+        )
     library: Any = transformers
     try:
         if Path(name).is_file():
