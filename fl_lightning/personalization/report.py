@@ -49,10 +49,11 @@ HARM = (
 
 INTERVALS = {
     "examples": "[low, high]: 95% bootstrap interval over test examples, of these models at these clients; other seeds "
-    "and other\nfederations are not in it.",
+    "and other\nfederations are not in it (python -m fl_lightning.deviations).",
     "clients": "[low, high]: 95% bootstrap interval over clients, as if others like them were drawn; of few clients it "
     "is too narrow.",
-    None: "±: standard deviation over the seeds of the fine-tuning of one global model; it says nothing of others.",
+    None: "±: standard deviation over the seeds of the fine-tuning of one global model; of others says more "
+    "python -m\nfl_lightning.deviations.",
 }
 
 BEYOND = "better than every other row beyond the paired 95% intervals, which hold together (Bonferroni)."
