@@ -100,6 +100,7 @@ def measure(workload: Workload, repeats: int) -> None:
         "lean": Rounds(workload, SerialExecutor(), engine="lean", device="cuda"),
         "stock": Rounds(workload, SerialExecutor(), engine="stock", device="cuda"),
         "cohort": Rounds(workload, CohortExecutor(workload.per_round), device="cuda"),
+        "cohort, graph": Rounds(workload, CohortExecutor(workload.per_round, graph=True), device="cuda"),
     }
     if workload.model == "resnet18":
         contenders["lean bf16"] = Rounds(workload, SerialExecutor(), device="cuda", precision="bf16-mixed")
@@ -107,7 +108,7 @@ def measure(workload: Workload, repeats: int) -> None:
     print(f"{workload.name} {workload.model}: {floor(workload)}")
     for name in contenders:
         per_second = workload.per_round / statistics.median(seconds[name])
-        print(f"  {name:10s} {per_second:9.0f} clients/s   {1 / ratio(seconds, name):6.2f} x bare", flush=True)
+        print(f"  {name:13s} {per_second:9.0f} clients/s   {1 / ratio(seconds, name):6.2f} x bare", flush=True)
     print(f"  memory on the device: at most {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
 
 

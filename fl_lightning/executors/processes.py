@@ -114,6 +114,12 @@ class ProcessExecutor(Simulation):
         self._context = multiprocessing.get_context(method)
         self._num_gpus = torch.cuda.device_count() if local.device.type == "cuda" else 0
         self._size = min(self.workers or self._num_gpus or usable_cores(), len(clients))
+        if self._size > self._num_gpus > 0 and not shares_gpus():
+            log.warning(
+                "%d workers take turns on %d GPUs; start NVIDIA's MPS to run them side by side: nvidia-cuda-mps-control -d",
+                self._size,
+                self._num_gpus,
+            )
         # Runs before multiprocessing waits for its children at exit, in case nobody calls `close`.
         self._at_exit = multiprocessing.util.Finalize(self, end_all, args=(self._workers,), exitpriority=100)
         self._fill_places()
@@ -240,6 +246,11 @@ def end_all(workers: dict[int, Worker]) -> None:
     """End all workers; none may be at work."""
     while workers:
         workers.popitem()[1].close(kill=False)
+
+
+def shares_gpus() -> bool:
+    """Tell whether NVIDIA's Multi-Process Service is there, by the pipe that its control daemon makes."""
+    return os.path.exists(os.path.join(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"), "control"))
 
 
 def usable_cores() -> int:

@@ -15,7 +15,7 @@ import torch
 from fl_lightning.callback import FederatedCallback
 from fl_lightning.client import Broadcast
 from fl_lightning.executors import ProcessExecutor, processes
-from fl_lightning.executors.processes import ATTEMPTS, usable_cores
+from fl_lightning.executors.processes import ATTEMPTS, shares_gpus, usable_cores
 from fl_lightning.run.folder import RunFolder
 from fl_lightning.run.training import stop_after_round
 from tests.federations import Federation, add_recorder, assert_same, federation, outcome
@@ -255,3 +255,10 @@ def _alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_mps_is_seen_by_the_pipe_of_its_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    assert not shares_gpus()
+    (tmp_path / "control").touch()
+    assert shares_gpus()
