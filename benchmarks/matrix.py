@@ -47,8 +47,8 @@ def main() -> None:
     datas = [ClientData(i, pool, ClientIndices(str(i), index, index), 10, options) for i, index in enumerate(own)]
     module = FederatedModule(lenet5(10)).eval()
     start = snapshot(module.state_dict())
-    states = [(owner, {name: 1.01 * tensor for name, tensor in start.items()}) for owner in range(CLIENTS)]
-    local = LocalTraining(partial(Trainer, accelerator="cpu", devices=1, max_epochs=1))
+    states = [(owner, {name: 1.01 * tensor for name, tensor in start.items()}, False) for owner in range(CLIENTS)]
+    local = LocalTraining(partial(Trainer, accelerator="cpu", devices=1, max_epochs=1), torch.optim.SGD)
     local.setup(module, Sharing(), [], seed=1)
     local.metrics = ModelMetrics(None, snapshot(module.backbone.state_dict()))
     executor = SerialExecutor()

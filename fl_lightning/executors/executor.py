@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from typing_extensions import override
 
 from fl_lightning.client import Broadcast, Client, ClientInfo, Exam, Fit, Scores, Update
@@ -48,13 +49,18 @@ class Executor(ABC):
         recipe: The configuration from which what :meth:`setup` is given can be made anew elsewhere.
     """
 
-    trains_here = False
-    """Whether updates come from this process, so that they may stay on its accelerator."""
-
     relays = False
     """Whether clients can train one after another, each from what the one before left in ``update.here``."""
 
     recipe: Mapping[str, Any] = {}
+
+    def keeps_updates(self, device: torch.device) -> bool:
+        """Tell whether updates that are only averaged may stay as they were trained: where, and in one piece.
+
+        Args:
+            device: Where fits run.
+        """
+        return False
 
     def find_data(self, config: Mapping[str, Any]) -> Any:
         """Return the clients' data, or what is known of them where they are elsewhere.

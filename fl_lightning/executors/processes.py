@@ -116,7 +116,7 @@ class ProcessExecutor(Simulation):
         self._size = min(self.workers or self._num_gpus or usable_cores(), len(clients))
         if self._size > self._num_gpus > 0 and not shares_gpus():
             log.warning(
-                "%d workers take turns on %d GPUs; start NVIDIA's MPS to run them side by side: nvidia-cuda-mps-control -d",
+                "%d workers take turns on %d GPUs; to run them side by side start MPS: nvidia-cuda-mps-control -d",
                 self._size,
                 self._num_gpus,
             )
