@@ -6,7 +6,7 @@ STAMP := $(shell date +%Y-%m-%d_%H-%M-%S)
 # One thread a process: two beside a busy neighbour were measured to be eight times slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help quickstart test test-fast test-slow check docs bench stress cluster sites tensorboard clean
+.PHONY: help quickstart test test-fast test-slow check docs bench stress cluster sites nvflare flower tensorboard clean
 
 help:
 	@echo "make quickstart   install, train a global model, personalise it, print the tables (2 minutes after installing)"
@@ -18,6 +18,8 @@ help:
 	@echo "make bench        measure speed beside a bare PyTorch loop"
 	@echo "make stress       kill a run at random moments, resume it, compare the bits"
 	@echo "make sites        start a server and three sites on this machine, train and personalise, compare with the simulation"
+	@echo "make nvflare      the same through NVFlare, in an environment of its own: five methods beside their simulations"
+	@echo "make flower       the same through Flower"
 	@echo "make cluster      start a Ray cluster of two nodes on this machine and run the default job on it"
 	@echo "make tensorboard  look at the runs in logs/"
 
@@ -73,6 +75,16 @@ stress: $(VENV)/installed-dev
 sites: $(VENV)/installed
 	$(BIN)/python -m studies.sites_demo
 
+# One environment for each: what they require contradicts the other's and ours for development.
+nvflare flower: %: $(VENV)-%/installed
+	$(VENV)-$@/bin/python -m studies.hosts_demo $@
+
+$(VENV)-%/installed: pyproject.toml
+	test -x $(VENV)-$*/bin/python || $(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-$*/bin/python -m pip install --quiet -e ".[$*]"
+	@touch $@
+
 cluster: $(VENV)/installed-dev
 	$(BIN)/python -m studies.ray_demo hydra.run.dir=logs/cluster/$(STAMP)
 
@@ -80,4 +92,4 @@ tensorboard: $(VENV)/installed
 	$(BIN)/tensorboard --logdir logs
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-nvflare $(VENV)-flower build *.egg-info .mypy_cache .ruff_cache

@@ -112,7 +112,7 @@ def train(*words: str, rounds: int | None = None, folder: str | Path | None = No
     """
     if rounds is not None:
         settings["loop"] = {**settings.get("loop", {}), "rounds": rounds}
-    return TrainingRun(_run("train", [*words, *_words(settings)], folder))
+    return TrainingRun(run_script("train", [*words, *_words(settings)], folder))
 
 
 def personalize(
@@ -141,10 +141,24 @@ def personalize(
     settings["checkpoint"] = checkpoint.folder if isinstance(checkpoint, Run) else checkpoint
     if strategies is not None:
         settings["personalization"] = list(strategies)
-    return PersonalizationRun(_run("personalize", [*words, *_words(settings)], folder))
+    return PersonalizationRun(run_script("personalize", [*words, *_words(settings)], folder))
 
 
-def _run(name: str, given: Sequence[str], folder: str | Path | None) -> Path:
+def run_script(name: str, given: Sequence[str], folder: str | Path | None = None) -> Path:
+    """Do what a script does with the words of a command line, within this process.
+
+    Args:
+        name: ``train`` or ``personalize``.
+        given: The words.
+        folder: The run folder. None: that of the command line, below ``logs/``.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        ValueError: If anything that was given cannot work; before any training.
+        KeyboardInterrupt: If it was stopped; ``resume=folder`` goes on.
+    """
     chosen = [*given, *([f"hydra.run.dir={_value(folder)}"] if folder is not None else [])]
     words = with_resume(chosen)
     cfg = composed(name, words, with_hydra=True)

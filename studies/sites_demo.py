@@ -38,11 +38,11 @@ def write_data(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def sites(folder: Path, port: int) -> Iterator[None]:
-    """Keep the three sites up."""
+def sites(folder: Path, connection: str) -> Iterator[None]:
+    """Keep the three sites up; ``connection`` is the option that says who connects them."""
     processes = []
     for name in NAMES:
-        command = ["-m", "fl_lightning.site", f"--server=127.0.0.1:{port}", f"--name={name}"]
+        command = ["-m", "fl_lightning.site", connection, f"--name={name}"]
         data = [f"--folder={folder / 'sites' / name}", "data=folder", f"data.root={folder / 'data' / name}.npz"]
         print("at site", name, ": python", *command, *data, flush=True)
         with open(folder / f"site_{name}.log", "w") as log:
@@ -78,7 +78,7 @@ def main() -> None:
         port = free.getsockname()[1]
     at = ["executor=sites", f"executor.listen=127.0.0.1:{port}", f"executor.sites=[{','.join(NAMES)}]"]
     words = ["method=fedper", "loop.rounds=5", "dashboard=null", *sys.argv[1:]]
-    with sites(folder, port):
+    with sites(folder, f"--server=127.0.0.1:{port}"):
         script("train.py", *at, "data.classes=10", *words, f"hydra.run.dir={folder / 'train'}")
         script(
             "train.py", *at, "data.classes=10", "loop.rounds=5", "dashboard=null", f"hydra.run.dir={folder / 'fedavg'}"

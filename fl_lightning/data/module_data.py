@@ -235,6 +235,7 @@ class DataModules:
             ``num_classes``), or what the training targets have.
         class_names: Their names; None: their numbers.
         seed: Of what a ``setup`` draws.
+        client: Name of the one client that is made, at its site; None: all are.
 
     Raises:
         ValueError: If one is no LightningDataModule, has no training batch, or they differ in their classes.
@@ -247,10 +248,15 @@ class DataModules:
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,
         seed: int = 0,
+        client: str | None = None,
     ) -> None:
         if not clients:
             raise ValueError("data.clients must be a LightningDataModule for each client, got none")
         named = clients if isinstance(clients, Mapping) else {f"client {k}": one for k, one in enumerate(clients)}
+        if client is not None and client not in named and len(named) > 1:
+            raise ValueError(f"data.clients must hold {client}, or one client alone, got {', '.join(named)}")
+        if client is not None:
+            named = {client: named.get(client, next(iter(named.values())))}
         for name, one in named.items():
             if not isinstance(one, LightningDataModule):
                 raise ValueError(f"data.clients.{name} must be a LightningDataModule, got {type(one).__name__}")

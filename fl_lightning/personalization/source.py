@@ -24,8 +24,9 @@ from fl_lightning.models.model import Model
 from fl_lightning.module import FederatedModule
 from fl_lightning.personalization.run_models import AT_SITES as AT_SITES_EXECUTOR
 from fl_lightning.personalization.run_models import RunModels, keeps_personal_models
-from fl_lightning.run.config import instantiate
+from fl_lightning.run.config import instantiate, plain
 from fl_lightning.run.folder import RunFolder
+from fl_lightning.run.overrides import composed
 from fl_lightning.run.own_module import takes_no_model
 from fl_lightning.run.training import adapters, build_module
 from fl_lightning.run.trust import check_trusted
@@ -159,6 +160,7 @@ def open_source(
     executor = executor or SerialExecutor()
     if training is not None:
         if (given["data"] or {}).get("_target_") == AT_SITES:
+            _check_data_at_sites(config)
             given["data"] = None  # executor=sites brings it, and the run says how its sites read their data
         return _from_run_folder(RunFolder(path), training, given, config, executor)
     if path.is_dir():
@@ -205,6 +207,16 @@ def open_source(
         f"checkpoint={checkpoint} is neither a run folder of train.py, nor a file, nor a folder of transformers, nor "
         "the name of a timm model"
     )
+
+
+def _check_data_at_sites(config: Mapping[str, Any]) -> None:
+    """Refuse settings of data at sites, which the run that is personalized has set already."""
+    usual = plain(composed("train", ["executor=sites", f"seed={config['seed']}"]))["data"]
+    for key, value in config["data"].items():
+        if key not in usual or usual[key] != value:
+            raise ValueError(
+                f"data.{key} must be left out, got {value!r}; sites read their data as the run of checkpoint= says"
+            )
 
 
 def _from_run_folder(

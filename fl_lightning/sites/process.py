@@ -12,13 +12,14 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import fl_lightning
 from fl_lightning import files
 from fl_lightning.run.folder import RunFolder
 from fl_lightning.sites.dry_run import print_what_leaves
-from fl_lightning.sites.frame import decode, encode
+from fl_lightning.sites.frame import MAX_BYTES, decode, encode
+from fl_lightning.sites.relay import Door
 from fl_lightning.sites.service import SERVICE, token_digest
 from fl_lightning.sites.site import Site
 from fl_lightning.sites.wire import Line, channel_credentials, read_pems, require_safety
@@ -78,6 +79,28 @@ def serve(site: Site, line: Line, token: str, once: bool = False) -> None:
                     raise ValueError(site.ended)
 
 
+def serve_hosted(site: Site, door: Door, max_bytes: int = MAX_BYTES) -> NoReturn:
+    """Do what another framework hands in, one request after another.
+
+    Args:
+        site: Does the work.
+        door: Where requests are handed in; closed at the end.
+        max_bytes: The longest message.
+
+    Raises:
+        ValueError: If server and site cannot go together.
+    """
+    log.info("site %s waits for its host", site.name)
+    try:
+        while True:
+            answer = site.answer(door.next(), max_bytes)
+            door.answer(answer, last=bool(site.ended))
+            if site.ended:
+                raise ValueError(site.ended)
+    finally:
+        door.close()
+
+
 @contextmanager
 def _signs_of_life(line: Line, session: str, seconds: float) -> Iterator[None]:
     """Let the server know that this process is there, while it is at work."""
@@ -102,7 +125,8 @@ def parser() -> argparse.ArgumentParser:
         description="One client of a federation, where its data are. Nothing leaves but what --dry-run prints.",
         epilog="A configuration says where the data are, as for train.py: data=folder data.root=MINE.npz",
     )
-    options.add_argument("--server", default="127.0.0.1:50061", help="host:port of the server")
+    options.add_argument("--server", help="host:port of the server; default: 127.0.0.1:50061")
+    options.add_argument("--hosted", action="store_true", help="be called through NVFlare or Flower on this machine")
     options.add_argument("--name", required=True, help="name of this site")
     options.add_argument("--folder", type=Path, help="where it keeps what is its own; default: sites/NAME")
     options.add_argument("--threads", type=int, default=1, help="threads of a fit")
@@ -113,7 +137,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--trust", action="append", default=[], help="a package of your own that the server may name")
     options.add_argument("--once", action="store_true", help="end with the first run")
     options.add_argument("--patience", type=float, default=86400.0, help="seconds for which a server is called again")
-    options.add_argument("--max-bytes", type=int, default=2**30, help="longest message")
+    options.add_argument("--max-bytes", type=int, default=MAX_BYTES, help="longest message")
     options.add_argument("--tls-cert", type=Path, help="own certificate, PEM; its common name is the site's name")
     options.add_argument("--tls-key", type=Path, help="its key, PEM")
     options.add_argument("--tls-ca", type=Path, help="certificate of who signed the server's, PEM")
@@ -143,12 +167,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def work(chosen: argparse.Namespace, folder: Path) -> None:
-    """Do what servers ask, as the options say."""
-    if (chosen.tls_cert is None) != (chosen.tls_key is None):
+    """Do what servers ask, as the options say.
+
+    Raises:
+        ValueError: If the options do not go together, or server and site do not.
+    """
+    if chosen.hosted:
+        for name in ("server", "once", "insecure", "tls_cert", "tls_key", "tls_ca"):
+            if getattr(chosen, name):
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{option} must be left out with --hosted, whose host connects the site; leave it out")
+    elif (chosen.tls_cert is None) != (chosen.tls_key is None):
         raise ValueError("--tls-cert and --tls-key belong together")
+    address = chosen.server or "127.0.0.1:50061"
     encryption = channel_credentials(read_pems(chosen.tls_ca, chosen.tls_key, chosen.tls_cert))
     needed = "--tls-ca, --tls-cert and --tls-key for TLS, or --insecure to speak in the clear"
-    require_safety(chosen.server, encryption is not None, chosen.insecure, needed)
+    require_safety(address, encryption is not None, chosen.insecure, needed)
     site = Site(
         chosen.name,
         folder,
@@ -167,7 +201,9 @@ def work(chosen: argparse.Namespace, folder: Path) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
-    line = Line(chosen.server, SERVICE, TIMEOUT, chosen.patience, encryption, chosen.max_bytes)
+    if chosen.hosted:
+        serve_hosted(site, Door(chosen.name, folder, read_token(folder)), chosen.max_bytes)
+    line = Line(address, SERVICE, TIMEOUT, chosen.patience, encryption, chosen.max_bytes)
     try:
         serve(site, line, read_token(folder), chosen.once)
     finally:

@@ -7,7 +7,7 @@ from typing import Any
 
 COMMON = (
     *("seed", "batch_size", "eval_batch_size", "val_fraction", "test_fraction", "drop_last", "avoid_single"),
-    *("augment", "mean", "std", "classes", "channels", "resize", "fit"),
+    *("augment", "mean", "std", "classes", "positive", "channels", "resize", "fit"),
 )
 """Keys of ``data`` that the server says for all sites, where a site's data set has them."""
 

@@ -85,6 +85,7 @@ class Site:
         self.own = {key: config[key] for key in OWN}
         self._stores: dict[str, Store] = {}
         self._described: tuple[dict[str, Any], FederatedData] | None = None
+        self._batch_size = 0
         self._setup = ""
         self.ended = ""
         self._dialog: Dialog | None = None
@@ -141,12 +142,14 @@ class Site:
         node = self.data_node(common)
         if self._described is None or self._described[0] != node:
             try:
-                self._described = node, instantiate(node, "data", client=self.name)
-            except (ValueError, TypeError, OSError) as error:
-                raise RefusedError(f"its data cannot be read: {error}") from error
+                data = instantiate(node, "data", client=self.name)
+            except Exception as error:  # a data module may be anybody's code
+                log.debug("the data cannot be read", exc_info=True)
+                raise RefusedError(f"its data cannot be read: {str(error) or type(error).__name__}") from error
+            self._described, self._batch_size = (node, data), data.clients[0].batch_size
         data = self._described[1]
         own = data.clients[0]
-        own.batch_size = data.batch_size
+        own.batch_size = self._batch_size
         content, found = messages.described(Client(own.id, own).describe())
         x, y = data.first_examples(1), data.first_targets(1)
         if not isinstance(x, torch.Tensor):
@@ -179,8 +182,8 @@ class Site:
                 raise RefusedError(
                     f"data.{key} is {common[key]!r} at the server, {node[key]!r} here; leave it out, or set it there"
                 )
+            check_trusted(common[key], f"data.{key}", self.trust, "the server's configuration")
             node[key] = common[key]
-        check_trusted(node, "data", [*self.trust, *own_packages(self.own["data"])], "the server's configuration")
         return node
 
     def _set_up(self, header: Mapping[str, Any], states: Mapping[str, State]) -> messages.Content:
@@ -197,8 +200,10 @@ class Site:
             cut = None if header.get("cut") is None else Cut(*header["cut"])
             initial, number = states.get("initial", {}), integer(header, "client")
             self.local, self.client = self._local(config, size, initial, number, cut)
-        except (ValueError, TypeError, ImportError) as error:
-            raise RefusedError(f"the run cannot be set up at site {self.name}: {error}") from error
+        except Exception as error:  # a module or a callback may be anybody's code
+            log.debug("the run cannot be set up", exc_info=True)
+            reason = str(error) or type(error).__name__
+            raise RefusedError(f"the run cannot be set up at site {self.name}: {reason}") from error
         self._setup, self._state = fingerprint, (None, {})
         if cut is not None:
             held = sum(tensor.nbytes for tensor in self.local.initial.values())
@@ -258,7 +263,7 @@ class Site:
             module.line = Exchange(RemoteBody(self._ask), cut, callbacks["server"].alignment)
         data.to(local.device)
         own = data.clients[0]
-        own.batch_size = config.get("batch_size") or data.batch_size
+        own.batch_size = config.get("batch_size") or self._batch_size
         return local, Client(number, own)
 
     def _sync(self, header: Mapping[str, Any], states: Mapping[str, State]) -> messages.Content:
@@ -337,8 +342,3 @@ class Site:
     def _ask(self, header: dict[str, Any], sent: State) -> State:
         assert self._dialog is not None
         return self._dialog.ask(header, sent)
-
-
-def own_packages(node: Mapping[str, Any]) -> list[str]:
-    """Return the package of a node's own class, which this side has named itself."""
-    return [str(node["_target_"]).partition(".")[0]] if "_target_" in node else []

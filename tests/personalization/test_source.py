@@ -153,3 +153,12 @@ def test_a_head_that_a_folder_lacks_is_asked_for(saved: Any, tiny_root: Path) ->
         open_source(plain_config(f"checkpoint={four}", *data, "model=cnn2"))
     with pytest.raises(ValueError, match="begin with it by model=hf model.name="):
         read_global_model(four, "classifier")
+
+
+@pytest.mark.parametrize("word", ["data.batch_size=3", "+data.strange=1"])
+def test_settings_of_data_at_sites_are_the_runs(word: str, trained: Path) -> None:
+    for executor in ("sites", "hosted"):
+        cfg = compose_personalization(f"checkpoint={trained}", f"executor={executor}", word, "seed=5")
+        key, _, value = word.lstrip("+").partition("=")
+        with pytest.raises(ValueError, match=f"{key} must be left out, got {value}; sites read their data as the run"):
+            open_source(plain(cfg))

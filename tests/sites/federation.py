@@ -40,10 +40,11 @@ class SiteThread:
         *words: str,
         file: str = "",
         once: bool = True,
+        data: Sequence[str] = (),
         **options: Any,
     ) -> None:
         self.line = Line(f"127.0.0.1:{port}", SERVICE, timeout=30.0, patience=8.0)
-        data = ["data=folder", f"data.root={root / (file or name)}.npz"]
+        data = data or ["data=folder", f"data.root={root / (file or name)}.npz"]
         self.folder, self.once = folder / name, once
         self.site = LockedSite(name, self.folder, [*data, *words], trust=["tests"], **options)
         self.error: BaseException | None = None

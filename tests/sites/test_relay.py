@@ -1,0 +1,142 @@
+"""Sites behind another framework have the bits of the simulation, whatever the framework loses on the way."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client
+from pathlib import Path
+
+import pytest
+
+from fl_lightning.sites import relay
+from fl_lightning.sites.process import read_token, serve_hosted
+from fl_lightning.sites.relay import UNKNOWN, WORKING, Door, carried_by, knock, run_command
+from tests.federations import assert_same, by_name, federation, outcome
+from tests.sites.federation import NAMES, LockedSite
+
+
+class Lossy:
+    """Carries messages within this process; loses every third one, and every fourth answer."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.calls, self.sent = folder, 0, 0
+
+    def names(self) -> list[str]:
+        return list(NAMES)
+
+    def carry(self, site: str, message: bytes) -> bytes:
+        self.calls += 1
+        if self.calls % 3 == 0:
+            raise OSError("lost")
+        self.sent += len(message)
+        answer = knock(site, self.folder / site, message)
+        if self.calls % 4 == 0:
+            raise OSError("its answer is lost")
+        return answer
+
+
+@contextmanager
+def doors(root: Path, folder: Path) -> Iterator[dict[str, LockedSite]]:
+    sites, opened, threads = {}, [], []
+    for name in NAMES:
+        own = folder / name
+        sites[name] = LockedSite(name, own, ["data=folder", f"data.root={root / name}.npz"], trust=["tests"])
+        opened.append(Door(name, own, read_token(own)))
+        threads.append(threading.Thread(target=quietly, args=(sites[name], opened[-1]), daemon=True))
+        threads[-1].start()
+    try:
+        yield sites
+    finally:
+        for door in opened:
+            door.close()
+        for thread in threads:
+            thread.join(10.0)
+            assert not thread.is_alive()
+
+
+def quietly(site: LockedSite, door: Door) -> None:
+    with pytest.raises((EOFError, ValueError)):
+        serve_hosted(site, door)
+
+
+def test_what_is_lost_on_the_way_changes_no_bit(
+    tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay, "PAUSE", 0.0)
+    words = [*by_name("scaffold"), "loop.rounds=2"]
+    serial = federation(tiny_root, tmp_path / "serial", *words)
+    serial.fit()
+    expected = outcome(serial)
+    with doors(tiny_root, tmp_path / "sites"), carried_by(carrier := Lossy(tmp_path / "sites")):
+        own = ["executor=hosted", "executor.sites=3", "data.classes=3"]
+        run = federation(tiny_root / "nothing", tmp_path / "server", *own, *words)
+        with run.open():
+            run.loop.run_rounds()
+            found = outcome(run)
+        run.loop.executor.disconnect()
+    assert carrier.calls > 20
+    assert_same(
+        {key: value for key, value in found.items() if key != "executor"},
+        {key: value for key, value in expected.items() if key != "executor"},
+    )
+
+
+def test_a_request_is_done_once_and_asked_after_by_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay, "POLL", 0.05)
+    door = Door("ann", tmp_path, read_token(tmp_path))
+    request, digest = b"r" * 40, relay.hashlib.sha256(b"r" * 40).digest()
+    try:
+        assert knock("ann", tmp_path, digest) == UNKNOWN
+        assert knock("ann", tmp_path, request) == WORKING
+        assert door.next() == request[relay.MARK :]
+        assert knock("ann", tmp_path, b"another" * 9) == WORKING, "one at a time"
+        door.answer(b"done")
+        assert [knock("ann", tmp_path, one) for one in (digest, request)] == [b"done"] * 2
+        assert knock("ann", tmp_path, b"another" * 9) == WORKING
+        assert door.next() == (b"another" * 9)[relay.MARK :]
+    finally:
+        door.close()
+
+
+def test_a_door_opens_to_who_knows_the_token_and_the_name(tmp_path: Path) -> None:
+    door = Door("ann", tmp_path, read_token(tmp_path))
+    try:
+        port = int((tmp_path / "door").read_text().split()[1])
+        with pytest.raises(AuthenticationError):
+            Client(("127.0.0.1", port), authkey=b"guessed")
+        with pytest.raises(PermissionError, match="is ann, not bob; give both one name"):
+            knock("bob", tmp_path, b"?")
+        assert knock("ann", tmp_path, b"0" * 32) == UNKNOWN, "the one that failed did no harm"
+    finally:
+        door.close()
+    with pytest.raises(ConnectionError, match="site ann is not up .*; start it: python -m fl_lightning.site --hosted"):
+        knock("ann", tmp_path, b"?")
+
+
+def test_a_host_that_is_not_there_is_named(tiny_root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="executor=hosted must be started by NVFlare or Flower"):
+        federation(tiny_root, tmp_path, "executor=hosted")
+    carrier = Lossy(tmp_path)
+    with carried_by(carrier), pytest.raises(ValueError, match="executor.patience must be at least 15"):
+        federation(tiny_root, tmp_path, "executor=hosted", "executor.patience=1")
+    for command in ("rm -r /", "train.py method=fedper", "study.py executor=hosted"):
+        with pytest.raises(ValueError, match="the command must be train.py or personalize.py with executor=hosted"):
+            run_command(command, carrier)
+    assert relay.Relay.carrier is None
+
+
+def test_a_site_that_does_not_answer_is_missing_after_a_while(tmp_path: Path) -> None:
+    with carried_by(Lossy(tmp_path)):
+        host = relay.Relay(["ann"], 60.0, 100)
+    assert host.gather() == ["ann"]
+    answer = host.ask("ann", b"r" * 40)
+    time.sleep(0.05)
+    assert 0.05 <= host.silence("ann") < 10
+    assert not answer.done()
+    host.close()
+    with pytest.raises(ValueError, match="longer than executor.max_bytes=100"):
+        host.ask("ann", b"r" * 101)
