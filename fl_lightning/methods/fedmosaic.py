@@ -77,8 +77,9 @@ class TwoAdapters(nn.Module):
 
     def _one(self, h: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         if not self.invariant:
-            return h @ tensors["a"].T @ tensors["b"].T
-        return (h @ self.get_buffer("fixed_a").T @ tensors["p"].T + tensors["q"]) @ self.get_buffer("fixed_b").T
+            return functional.linear(functional.linear(h, tensors["a"]), tensors["b"])
+        inner = functional.linear(functional.linear(h, self.get_buffer("fixed_a")), tensors["p"], tensors["q"])
+        return functional.linear(inner, self.get_buffer("fixed_b"))
 
 
 class MosaicModel(FederatedModule):
@@ -334,8 +335,8 @@ class RelevanceUpload(FederatedCallback):
         if self._step % self.every == 0:
             assert isinstance(pl_module, MosaicModel)
             gradient = pl_module.relevance(batch)
-            kept = gradient[: max(1, int(self.keep * len(gradient)))]
-            self._found.append((kept + self.noise * torch.randn_like(kept)).cpu())
+            kept = gradient[: max(1, int(self.keep * len(gradient)))].cpu()  # the noise is the same on any device
+            self._found.append(kept + self.noise * torch.randn_like(kept))
         self._step += 1
 
     @override
