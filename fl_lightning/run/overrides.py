@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
@@ -32,11 +33,15 @@ def composed(name: str, overrides: Sequence[str], with_hydra: bool = False) -> D
     Raises:
         ValueError: If it cannot be composed, in one sentence.
     """
+    running = GlobalHydra.instance()
+    before, running.hydra = running.hydra, None  # within a script Hydra is at work already
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             return compose(name, list(overrides), return_hydra_config=with_hydra)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ValueError(explain(error, name, overrides)) from error
+    finally:
+        running.hydra = before
 
 
 def explain(error: Exception, name: str, arguments: Sequence[str]) -> str:
