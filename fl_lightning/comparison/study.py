@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -184,21 +185,23 @@ def other_rows(values: Values) -> list[dict[str, Any]]:
 
 
 def choice_rows(values: Values) -> list[dict[str, Any]]:
-    """Return what each strategy would give at home and elsewhere, were its setting chosen by another validation score.
+    """Return what each strategy gives at home and elsewhere if one validation score or another chooses its setting.
 
     In every federation the setting with the best mean over clients is taken.
     """
     settings = settings_of(values)
     rows = []
     for base in dict.fromkeys(settings.values()):
-        members = [values[name] for name, owner in settings.items() if owner == base]
-        row: dict[str, Any] = {"strategy": base}
+        names = [name for name, owner in settings.items() if owner == base]
         for by in BY:
-            scores = np.array([member[by] for member in members]) * (-1 if by == "val_loss" else 1)
-            best = np.argmax(np.nan_to_num(scores, nan=-np.inf), axis=0)
+            scores = np.array([values[name][by] for name in names]) * (-1 if by == "val_loss" else 1)
+            best = [names[i] for i in np.argmax(np.nan_to_num(scores, nan=-np.inf), axis=0)]
+            counts = Counter(name.removeprefix(base).strip() for name in best)
+            row: dict[str, Any] = {"strategy": base, "chosen by": by}
+            row["settings"] = ", ".join(f"{setting} ({count})" for setting, count in counts.most_common())
             for column, metric in (("Local", "local"), ("Global", "global_others")):
-                row[f"{column}, by {by}"] = scaled([members[i][metric][f] for f, i in enumerate(best)], 100)
-        rows.append(row)
+                row[column] = scaled([values[name][metric][index] for index, name in enumerate(best)], 100)
+            rows.append(row)
     return rows
 
 

@@ -199,11 +199,12 @@ def test_each_validation_score_chooses_in_each_federation() -> None:
         "ft lr=2": setting([0.8, 0.9], [1.0, 2.0], [0.4, 0.1], 0.8),
         "ft": setting([0.9, 0.9], [2, 2], [0, 0], 0.7),
     }
-    (row,) = choice_rows(values)
-    assert row["Local, by val_metric"] == pytest.approx((70, 100 * 0.2 / math.sqrt(2)))
-    assert row["Local, by val_loss"].mean == pytest.approx(80)
-    assert row["Local, by val_elsewhere"].mean == pytest.approx(70)
-    assert row["Global, by val_metric"].mean == pytest.approx(30)
+    by = {row["chosen by"]: row for row in choice_rows(values)}
+    assert by["val_metric"]["settings"] == "lr=1 (1), lr=2 (1)"
+    assert by["val_metric"]["Local"] == pytest.approx((70, 100 * 0.2 / math.sqrt(2)))
+    assert by["val_metric"]["Global"].mean == pytest.approx(30)
+    assert (by["val_loss"]["settings"], by["val_loss"]["Local"].mean) == ("lr=2 (2)", pytest.approx(80))
+    assert by["val_elsewhere"]["Local"].mean == pytest.approx(70)
     assert choice_rows({"ft": values["ft"]}) == []
 
 
@@ -229,9 +230,9 @@ def test_a_tuned_study_end_to_end(
     results = report(made, comparison, comparison.tables, "the command")
     text = (comparison.tables / "table.md").read_text()
     assert text.startswith("`the command`, commit ")
-    for words in ("Global: lp_ft > ft", "Front: lp_ft > ft", "undecided", "by val_loss", "federations, seeds 1, 2"):
+    for words in ("Global: lp_ft > ft", "Front: lp_ft > ft", "undecided", "val_loss", "federations, seeds 1, 2"):
         assert words in text
-    assert "lr=0.01" not in text
+    assert "| ft lr=0.01" not in text
     assert "ft lr=0.01" in (comparison.tables / "grid.md").read_text()
     assert (comparison.tables / "frontier.png").exists()
     assert json.loads((comparison.tables / "results.json").read_text()) == results
