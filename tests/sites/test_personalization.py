@@ -29,7 +29,7 @@ def without_seconds(value: Any) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategies", ["[ft]", "[lp_ft,soup_ft,proximal_ft]"])
+@pytest.mark.parametrize("strategies", ["[ft]", "[lp_ft,soup_ft,lora_ft]"])
 def test_the_matrix_of_sites_is_that_of_the_simulation(strategies: str, tiny_root: Path, tmp_path: Path) -> None:
     quiet = ["logger=none"]
     words = [*QUICK[1:], f"personalization={strategies}", "batch_size=5", "lp_epochs=0", "trust=[tests]"]
