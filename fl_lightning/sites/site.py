@@ -232,8 +232,15 @@ class Site:
         data = self._described[1]
         task = task_of(config, data.first_targets(1))
         classes, channels, pixels = (integer(size, key) for key in ("num_classes", "in_channels", "image_size"))
-        with nullcontext() if cut is None else without_weights():
-            module = new_module(config, classes, channels, pixels, task)
+        make = partial(new_module, config, classes, channels, pixels, task)
+        try:
+            with nullcontext() if cut is None else without_weights():
+                module = make()
+        except RuntimeError as error:
+            if cut is None:
+                raise
+            log.warning("the model cannot be made without weights (%s): it is made whole, and then cut", error)
+            module = make()
         if cut is not None:
             assert isinstance(module, SplitModule)
             keep_part(module, cut)

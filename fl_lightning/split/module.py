@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from fl_lightning.checks import at_least, one_of
@@ -103,10 +103,14 @@ class SplitModule(FederatedModule):
 
     def leave_out(self, cut: Cut) -> None:
         """Give up the tensors of the body behind a client's cut, which the server holds."""
-        for block in list(self.blocks.values())[cut.at : cut.end]:
+        blocks = list(self.blocks.values())
+        held = nn.ModuleList([*blocks[: cut.at], *blocks[cut.end :], self.head])
+        kept = {id(tensor) for tensor in (*held.parameters(), *held.buffers())}
+        for block in blocks[cut.at : cut.end]:
             for part in block.modules():
                 for own in (part._parameters, part._buffers):
-                    own.update(dict.fromkeys(own))
+                    own.update({name: None for name, tensor in own.items() if id(tensor) not in kept})
+        self._base = None
 
     def connect(self, exchange: Exchange | None) -> None:
         """Attach the line to the server for a fit, or take it away."""

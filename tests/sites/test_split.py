@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,10 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from fl_lightning.callback import FederatedCallback
-from fl_lightning.run.training import Federation
+from fl_lightning.run.config import plain
+from fl_lightning.run.folder import RunFolder
+from fl_lightning.run.overrides import composed
+from fl_lightning.run.training import Federation, assemble
 from fl_lightning.sites.executor import SitesExecutor
 from fl_lightning.sites.frame import MessageError, decode_states, encode_states
 from fl_lightning.sites.held import Store
@@ -38,18 +43,32 @@ class Near:
     It takes the place of a service that listens; see :class:`fl_lightning.sites.service.Host`.
     """
 
-    def __init__(self, root: Path, folder: Path, names: Sequence[str] = NAMES, fate: Fate | None = None) -> None:
-        self.root, self.folder, self.names, self.fate = root, folder, list(names), fate
-        self.sites = {name: self.new(name) for name in self.names}
+    def __init__(self, root: Path, folder: Path, fate: Fate | None = None, *words: str) -> None:
+        self.root, self.folder, self.fate = root, folder, fate
+        self.words = words
+        self.sites = {name: self.new(name) for name in NAMES}
         self.gone: set[str] = set()
         self.asked: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
 
     def new(self, name: str) -> Site:
-        data = ["data=folder", f"data.root={self.root / name}.npz"]
+        data = self.words or ["data=folder", f"data.root={self.root / name}.npz"]
         return Site(name, self.folder / name, data, trust=["tests"])
 
+    @contextmanager
+    def called(self) -> Iterator[None]:
+        """Let the server find these sites."""
+        find_data = SitesExecutor.find_data
+
+        def found(executor: SitesExecutor, config: Any) -> Any:
+            executor.host = self
+            return find_data(executor, config)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SitesExecutor, "find_data", found)
+            yield
+
     def gather(self) -> list[str]:
-        return self.names
+        return list(NAMES)
 
     def ask(self, site: str, request: bytes) -> Future[bytes]:
         future: Future[bytes] = Future()
@@ -65,22 +84,17 @@ class Near:
     def silence(self, site: str) -> float:
         return 100.0 if site in self.gone else 0.0
 
-    def release(self, site: str) -> None: ...
+    def release(self, site: str) -> None:
+        raise AssertionError(self.sites[site].ended)
+
     def withdraw(self, site: str) -> None: ...
     def close(self) -> None: ...
 
 
 def run_near(root: Path, folder: Path, *words: str, fate: Fate | None = None) -> tuple[Federation, Near]:
     """Run a tiny federation whose sites are in this process."""
-    near = Near(root, folder / "sites", fate=fate)
-    before = SitesExecutor.find_data
-
-    def find_data(executor: SitesExecutor, config: Any) -> Any:
-        executor.host = near
-        return before(executor, config)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SitesExecutor, "find_data", find_data)
+    near = Near(root, folder / "sites", fate)
+    with near.called():
         run = at_sites(root, folder / "server", 1, "seed=3", *words)
     run.fit()
     return run, near
@@ -148,6 +162,36 @@ def test_sites_start_from_a_trained_model(method: str, tiny_root: Path, tmp_path
     fresh = federation(tiny_root, tmp_path / "fresh", "seed=3", *words[:2])
     fresh.fit()
     assert fresh.loop.history[0]["fit/train_loss"] != run.loop.history[0]["fit/train_loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_language_models_with_adapters_are_cut_at_sites(name: str, tmp_path: Path) -> None:
+    """Frozen weights go to their holder once; what all layers use, such as rotary embeddings, stays with the client."""
+    pytest.importorskip("peft", reason="the extra `lora` is not installed")
+    from tests.split.test_transformers import CONFIGS, texts
+
+    root = texts(tmp_path / "texts")
+    data = ["data=texts", "data.prompt=prompt", "data.length=10", f"data.root={root}"]
+    form = json.dumps({**CONFIGS[name], "model_type": name}).replace('"', "")
+    words = [
+        "method=flexp_sfl", "model=hf", "~model.config", f"+model.config={form}",
+        "model.adapters={rank: 2, targets: attention}",
+        "module.end=-2", "split_policy=fixed", "task=language", "data.batch_size=4", "loop.rounds=1", "logger=none",
+        "dashboard=null", "callbacks.everyone.every=1",
+    ]  # fmt: skip
+    serial = assemble(plain(composed("train", [*words, *data])), RunFolder(tmp_path / "serial"))
+    serial.fit()
+    near = Near(root, tmp_path / "sites", None, *data)
+    with near.called():
+        own = ["executor=sites", "executor.sites=3", *words]
+        run = assemble(plain(composed("train", own)), RunFolder(tmp_path / "server"))
+    run.fit()
+    assert_bits(run, near, serial)
+    assert isinstance(run.module, SplitModule)
+    for client in run.loop.clients:
+        held = run.module.parts(run.loop.callbacks["server"].cuts[client.id]).client  # type: ignore[attr-defined]
+        assert set(near.sites[client.name].local.module.state_dict()) == set(held)
 
 
 class ReadsMetrics(FederatedCallback):
