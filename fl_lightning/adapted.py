@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchmetrics import Metric
 from typing_extensions import override
 
 from fl_lightning.fit.stock import quiet_warnings, silence_lightning
@@ -171,6 +173,41 @@ class AdaptedModule(FederatedModule):
     @override
     def seen_by(self, callback: Callback) -> Callback:
         return Beside(callback, self)
+
+    def logged_in(self, step: str, batch: Any, index: int) -> dict[str, float]:
+        """Return what a step of the module logs of a batch: the number of each name.
+
+        Args:
+            step: ``validation_step`` or ``test_step``.
+            batch: Where the module is.
+            index: Of the batch.
+
+        Raises:
+            ValueError: If the module has no such step, or logs something that is no number.
+        """
+        whole, found = self.whole, {}
+
+        def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+            if isinstance(value, Metric):
+                raise ValueError(f"{step} must log numbers, got a {type(value).__name__} as {name!r}; log its value")
+            found[name] = float(value)
+
+        def log_dict(values: Any, *args: Any, **kwargs: Any) -> None:
+            for name, value in values.items():
+                log(name, value)
+
+        if getattr(type(whole), step) is getattr(LightningModule, step):
+            raise ValueError(f"{type(whole).__name__} must have a {step}, which logs what scores it")
+        before: dict[str, Any] = {name: vars(whole)[name] for name in ("log", "log_dict") if name in vars(whole)}
+        vars(whole)["log"], vars(whole)["log_dict"] = log, log_dict
+        try:
+            run = getattr(whole, step)
+            run(batch, index) if "batch_idx" in inspect.signature(run).parameters else run(batch)
+        finally:
+            for name in ("log", "log_dict"):
+                del vars(whole)[name]
+            vars(whole).update(before)
+        return found
 
     def try_step(self, batch: Any) -> None:
         """Fit a copy to one batch, so that what cannot work is found before the first round.

@@ -18,7 +18,7 @@ from fl_lightning.evaluation.results import read_json
 from fl_lightning.run.folder import RunFolder
 
 VERSIONS = ("fl_lightning", "torch", "torchvision", "lightning", "numpy")
-BITS = ("python", "machine", "cpu", "threads", "kernels", "accelerator")
+BITS = ("python", "machine", "cpu", "threads", "kernels", "variables", "accelerator")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from fl_lightning.executors import SerialExecutor
 from fl_lightning.fit.local import LocalTraining
 from fl_lightning.loop import FederatedLoop
 from fl_lightning.models.export import export_state_dict, read_global_model
+from fl_lightning.personalization import run as personalize
 from fl_lightning.run.config import plain
 from fl_lightning.run.folder import RunFolder
 from fl_lightning.run.overrides import composed
@@ -174,3 +175,52 @@ def test_a_module_without_a_loss_is_tried_on_a_copy() -> None:
     with pytest.raises(ValueError, match=r"training_step must return a loss"):
         module.try_step((torch.randn(4, 3), torch.randn(4, 1)))
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+class Logs(Lit):
+    """Logs in its own steps the mean square of a batch, and a second number."""
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        self.log("test_square", (self(x) - y).square().mean(), on_epoch=True)
+
+    def validation_step(self, batch: Any) -> None:
+        x, y = batch
+        self.log_dict({"val_square": (self(x) - y).square().mean(), "other": 1})
+
+
+LOGGED = "{_target_: fl_lightning.evaluation.predict.Logged, name: test_square, val: VAL, mode: min}"
+LISTED = f"+evaluation.metrics={{square: {LOGGED}, rmse: rmse}}"
+
+
+def test_what_the_module_s_own_steps_log_is_a_metric(tmp_path: Path) -> None:
+    words = [*WORDS, "module._target_=tests.test_adapted.Logs", "+module.head=fc", "loop.rounds=2"]
+    words += [LISTED.replace("VAL", "val_square"), "evaluation.metric=square"]
+    results = run(composed("train", words), tmp_path)
+    # Of two batches of 8 and 2 it is the mean over examples, whose root the task forms, too.
+    for client in results["clients"]:
+        assert client["metrics"]["global"]["square"] == pytest.approx(
+            client["metrics"]["global"]["rmse"] ** 2, rel=1e-5
+        )
+    assert results["validation"]["global"]["mode"] == "min"
+    words = [f"checkpoint={tmp_path}", "personalization=[ft]", "epochs=1", "executor=serial", "logger=none"]
+    tuned = personalize(composed("personalize", [*words, "trust=[tests]", "figures=false"]), tmp_path / "tuned")
+    assert tuned["metric"] == "square"
+    assert tuned["methods"]["none"]["local"] == pytest.approx(results["global"]["mean"], rel=1e-5)
+    assert "square is a metric of your own" in (tmp_path / "tuned" / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("module", "val", "words"),
+    [
+        ("Logs", "nothing", "val steps must log 'nothing', got val_square, other"),
+        ("Lit", "x", "must have a validation_step"),
+    ],
+)
+def test_a_metric_that_nobody_logs_is_named_before_the_first_round(
+    module: str, val: str, words: str, tmp_path: Path
+) -> None:
+    place = "test_adapted" if module == "Logs" else "own"
+    given = [*WORDS, f"module._target_=tests.{place}.{module}", LISTED.replace("VAL", val), "evaluation.metric=square"]
+    with pytest.raises(ValueError, match=f"metrics.square must be logged by the module's own steps.*{words}"):
+        run(composed("train", given), tmp_path)

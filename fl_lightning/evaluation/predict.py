@@ -12,8 +12,9 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from fl_lightning.checks import one_of
 from fl_lightning.client import Scores, Split
-from fl_lightning.evaluation.named_metrics import Mean
+from fl_lightning.evaluation.named_metrics import Mean, Named
 from fl_lightning.state import State
 from fl_lightning.task import Classification, Task
 
@@ -93,15 +94,59 @@ def predict_clients(forward: Forward, datas: Sequence[HasExamples], split: Split
     return [predict(forward, own) if own else nothing for own in batches]
 
 
+class Logged:
+    """A metric that a LightningModule logs itself, in its ``validation_step`` and ``test_step``.
+
+    Of several batches it is the mean over examples of what was logged for each, as Lightning's ``on_epoch`` has it; for
+    a metric that is no mean over examples let a test batch hold all data of a client.
+
+    Args:
+        name: As in ``self.log(name, ...)`` of ``test_step``.
+        val: As in that of ``validation_step``; None: the same.
+        mode: Which of its values are better, ``max`` or ``min``.
+    """
+
+    def __init__(self, name: str, val: str | None = None, mode: str = "max") -> None:
+        one_of("mode", mode, ("max", "min"))
+        self.keys: dict[str, str] = {"test": name, "val": val or name}
+        self.mode = mode
+
+    def of_batches(self, forward: Forward, batches: Iterable[Batch], split: Split) -> tuple[float, float]:
+        """Return the sum over examples, and their number.
+
+        Raises:
+            ValueError: If the module is no LightningModule of one's own, or logs no number of this name.
+        """
+        owner = forward if isinstance(forward, nn.Module) else getattr(forward, "__self__", None)
+        step = getattr(owner, "logged_in", None)
+        if step is None:
+            raise ValueError("Logged must be of a LightningModule of your own; name it by module._target_")
+        key, total, count = self.keys[split], 0.0, 0.0
+        # No inference mode: data that a loader makes here and keeps must stay usable for training.
+        with evaluating(forward) as module, torch.no_grad():
+            for number, batch in enumerate(batches):
+                x, y = batch
+                device = _device(module)
+                moved = (x, y) if device is None else move_data_to_device((x, y), device)
+                found = step("test_step" if split == "test" else "validation_step", moved, number)
+                if key not in found:
+                    raise ValueError(
+                        f"{split} steps must log {key!r}, got {', '.join(found) or 'nothing'}; name another one"
+                    )
+                total += found[key] * len(y)
+                count += len(y)
+        return total, count
+
+
 class Metrics:
     """The metrics of a run: forms them where a client's data are, and over several clients from what these sent.
 
     Every client is scored alone, in batches of its own, so that a score has the same bits wherever it is formed.
 
     Args:
-        makers: By name what makes a torchmetrics metric, which takes (outputs, targets) and computes one number, or
-            None for the metric that the task has under this name. Default: the task's own; of classes ``accuracy``, the
-            share of examples that are right, and ``loss``, their mean cross-entropy in nats.
+        makers: By name what makes a torchmetrics metric, which takes (outputs, targets) and computes one number, a
+            :class:`Logged`, or None for the metric that the task has under this name. Default: the task's own; of
+            classes ``accuracy``, the share of examples that are right, and ``loss``, their mean cross-entropy in nats.
         task: What the model is trained for.
 
     Raises:
@@ -109,12 +154,13 @@ class Metrics:
     """
 
     def __init__(
-        self, makers: Mapping[str, Callable[..., Metric] | None] | None = None, task: Task | None = None
+        self, makers: Mapping[str, Callable[..., Metric] | Logged | None] | None = None, task: Task | None = None
     ) -> None:
         self.makers = makers
         self.task = task or Classification()
         self._made: dict[int, dict[str, Metric]] = {}
         self._means: dict[str, Mean] = {}
+        self._logged: dict[str, Logged] = {}
         self._makers: dict[str, Callable[..., Metric]] = {}
         self.names: tuple[str, ...] = ()
         for name, maker in (dict.fromkeys(self.task.defaults) if makers is None else makers).items():
@@ -131,16 +177,18 @@ class Metrics:
         if name is not None and name not in self.names and name in task.metrics:
             self._add(name, None)
 
-    def _add(self, name: str, maker: Callable[..., Metric] | None) -> None:
+    def _add(self, name: str, maker: Callable[..., Metric] | Logged | None) -> None:
         known = self.task.metrics
         if maker is None and name not in known:
             raise ValueError(
                 f"evaluation.metrics.{name} must be a torchmetrics metric or one of {', '.join(known)}, which "
                 f"task={self.task.name} has"
             )
-        named = known[name] if maker is None else maker
+        named: Named | Logged = known[name] if maker is None else maker
         if isinstance(named, Mean):
             self._means[name] = named
+        elif isinstance(named, Logged):
+            self._logged[name] = named
         else:
             self._makers[name] = named
         self.names = (*self.names, name)
@@ -200,7 +248,7 @@ class Metrics:
         number = float(seen)
         if not number:
             return dict.fromkeys(chosen, math.nan), {}, None
-        values, totals = {}, {}
+        values, totals = self.logged(forward, data, split, chosen)
         if total is not None:
             # One transfer from the device. The quotient is float32, as torchmetrics forms it.
             total = total.cpu()
@@ -213,6 +261,19 @@ class Metrics:
             totals[name] = {key: _joined(value) for key, value in metric.metric_state.items()}
         shape = (data.num_classes, data.num_classes)
         return values, totals, None if counts is None else counts.cpu().reshape(shape)
+
+    def logged(
+        self, forward: Forward, data: HasExamples, split: Split, names: Iterable[str]
+    ) -> tuple[dict[str, float], dict[str, State]]:
+        """Return those of some metrics that the module logs itself, and the sums that form them over clients."""
+        values, totals = {}, {}
+        for name in names:
+            if name in self._logged and split != "train":
+                total, count = self._logged[name].of_batches(forward, batches_of(data, split), split)
+                values[name] = total / count if count else math.nan
+                parts = {"sum": torch.tensor(total), "count": torch.tensor(count)}
+                totals[name] = {key: one.double() for key, one in parts.items()}
+        return values, totals
 
     def of_outputs(self, outputs: Tensor, targets: Tensor, names: Iterable[str], num_classes: int) -> dict[str, float]:
         """Form metrics of outputs and targets that are there already."""
@@ -239,9 +300,15 @@ class Metrics:
 
     def mode(self, name: str, num_classes: int) -> str:
         """Return ``max`` or ``min``: which values of a metric are better, as torchmetrics says of it."""
+        if name in self._logged:
+            return self._logged[name].mode
         if name in self._means:
             return "max" if self._means[name].higher_is_better else "min"
         return "min" if self._torchmetrics(num_classes, (name,))[name].higher_is_better is False else "max"
+
+    def is_logged(self, name: str) -> bool:
+        """Tell whether a metric is one that the module logs itself."""
+        return name in self._logged
 
     def is_mean(self, name: str) -> bool:
         """Tell whether a metric has a value wherever there is an example; another may lack one (AUROC of one class)."""
@@ -257,6 +324,8 @@ class Metrics:
             parts = [one.totals[name] for one in scores if name in one.totals]
             if not parts:
                 found[name] = math.nan
+            elif name in self._logged:
+                found[name] = float(sum(part["sum"] for part in parts) / sum(part["count"] for part in parts))
             elif name in self._means:
                 mean = sum(part["sum"] for part in parts) / sum(part["count"] for part in parts)
                 found[name] = self._means[name].value(mean)  # type: ignore[arg-type]

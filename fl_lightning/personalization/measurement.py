@@ -17,7 +17,7 @@ from fl_lightning.adapted import AdaptedModule
 from fl_lightning.client import ClientInfo, Exam, Scores, Split
 from fl_lightning.evaluation.calibration import CalibrationError
 from fl_lightning.evaluation.distortion import mean_distance, weight_norm
-from fl_lightning.evaluation.predict import Forward, HasExamples, Metrics, batches_of, evaluating, predict
+from fl_lightning.evaluation.predict import Forward, HasExamples, Logged, Metrics, batches_of, evaluating, predict
 from fl_lightning.evaluation.resampling import resampled
 from fl_lightning.evaluation.summary import mean
 from fl_lightning.executors.executor import Outcome
@@ -104,7 +104,7 @@ class ModelMetrics(Metrics):
 
     def __init__(
         self,
-        makers: Mapping[str, Callable[..., Metric] | None] | None,
+        makers: Mapping[str, Callable[..., Metric] | Logged | None] | None,
         backbone: State,
         task: Task | None = None,
         metric: str | None = None,
@@ -140,7 +140,8 @@ class ModelMetrics(Metrics):
             features, targets = (tensor.cpu() for tensor in predict(module.features, batches_of(data, split)))
             with evaluating(module.head), torch.inference_mode():
                 logits = module.head(features.to(module.device)).float().cpu()
-        values = self.of_outputs(logits, targets, [name for name in chosen if name in self.names], data.num_classes)
+        values = self.logged(forward, data, split, chosen)[0]
+        values |= self.of_outputs(logits, targets, [name for name in chosen if name in self.names], data.num_classes)
         totals = {}
         outputs, truths = self.task.flat(logits, targets)
         if LOSS in chosen and LOSS not in values:

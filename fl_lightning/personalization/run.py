@@ -102,7 +102,7 @@ def _run(
     for strategy in strategies:
         if strategy.run is not None:
             continue
-        strategy.choose_epoch(infos)
+        strategy.choose_epoch(infos, source.module)
         strategy.check_clients(infos)
         strategy.send_models(config["curves"]["every"])
         strategy.prepare(strategy.of(source, config["seed"]).module, config["seed"])

@@ -9,7 +9,7 @@ from typing import Any
 from torchmetrics import Metric
 
 from fl_lightning.callbacks.federated_evaluation import FederatedEvaluation
-from fl_lightning.evaluation.predict import Metrics
+from fl_lightning.evaluation.predict import Logged, Metrics
 from fl_lightning.evaluation.resampling import Resampled, resampled
 from fl_lightning.personalization.predictions import MEANS
 from fl_lightning.personalization.source import Training
@@ -32,7 +32,7 @@ class Scoring:
 
     metric: str
     higher_is_better: bool
-    makers: Mapping[str, Callable[..., Metric] | None]
+    makers: Mapping[str, Callable[..., Metric] | Logged | None]
     directions: Mapping[str, bool] = field(default_factory=dict)
     task: Task = field(default_factory=Classification)
     nodes: Any = None

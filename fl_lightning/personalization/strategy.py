@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
+from fl_lightning.adapted import AdaptedModule
 from fl_lightning.callback import FederatedCallback
 from fl_lightning.callbacks.best_epoch import BestEpoch
 from fl_lightning.callbacks.loss_flooding import LossFlooding
@@ -114,10 +115,14 @@ class Strategy:
                 + "; train with data.val_fraction above 0, or leave this strategy out"
             )
 
-    def choose_epoch(self, clients: Sequence[ClientInfo]) -> None:
-        """Let fits end with their best epoch by validation, where that is wanted and all clients have such data."""
+    def choose_epoch(self, clients: Sequence[ClientInfo], module: FederatedModule) -> None:
+        """Let fits end with their best epoch by validation, where that is wanted and all clients have such data.
+
+        What a LightningModule as it is logs in its own validation is not known, so ``auto`` leaves it its last epoch.
+        """
         wanted = self.settings.get("best_epoch")
-        if wanted is True or (wanted == "auto" and all(client.num_val for client in clients)):
+        known = not isinstance(module, AdaptedModule) and all(client.num_val for client in clients)
+        if wanted is True or (wanted == "auto" and known):
             self.local.validate = True
             self.parts["local"] = {**self.parts["local"], "validate": True}
             if "best_epoch" not in self.callbacks:

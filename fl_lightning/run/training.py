@@ -195,9 +195,11 @@ def check_metrics(metrics: Metrics, module: FederatedModule, data: FederatedData
         try:
             metrics.score(module, client, "val" if client.num_val else "test", [name])
         except Exception as error:
+            must = f"take outputs for {data.num_classes} classes"
+            if metrics.is_logged(name):
+                must = "be logged by the module's own steps"
             raise ValueError(
-                f"evaluation.metrics.{name} must take outputs for {data.num_classes} classes, got "
-                f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                f"evaluation.metrics.{name} must {must}, got {type(error).__name__}: {str(error).splitlines()[0]}"
             ) from error
 
 

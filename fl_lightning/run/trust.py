@@ -16,6 +16,7 @@ KNOWN = (
         f"fl_lightning.{room}"
         for room in (
             "evaluation.calibration",
+            "evaluation.predict",
             "methods",
             "models",
             "module",

@@ -26,8 +26,19 @@ def test_it_names_versions_machine_and_command() -> None:
     assert found["threads"] == str(torch.get_num_threads())
     assert found["cpu"].endswith(torch.backends.cpu.get_cpu_capability())
     assert ("mkldnn" in found["kernels"]) == torch.backends.mkldnn.is_available()
+    version = found["kernels"].partition("mkldnn ")[2].partition(",")[0]
+    assert f"MKL-DNN v{version} " in torch.__config__.show()
     assert Path(sys.argv[0]).name in found["command"]
     assert all(isinstance(value, str) for value in json.loads(json.dumps(found)).values())
+
+
+def test_it_names_what_chooses_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in module.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert "variables" not in environment()
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    assert environment()["variables"] == "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2"
 
 
 def test_the_commit_is_that_of_the_source_and_of_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
