@@ -27,13 +27,6 @@ from fl_lightning.checks import ArgumentError, finite
 
 
 @dataclass
-class MethodConfig:
-    """What a method is called in tables and run folders."""
-
-    name: str = MISSING
-
-
-@dataclass
 class PathsConfig:
     """Where runs go."""
 
@@ -47,7 +40,7 @@ class TrainConfig:
     seed: int = MISSING
     resume: Optional[str] = None  # noqa: UP045 - omegaconf reads this annotation at run time, on Python 3.10 too
     init_from: Optional[str] = None  # noqa: UP045
-    method: MethodConfig = field(default_factory=MethodConfig)
+    method: dict[str, Any] = field(default_factory=dict)
     data: Any = MISSING
     task: Any = None
     model: Any = MISSING
@@ -337,6 +330,9 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
             config.setdefault(name, entry.default_factory() if callable(entry.default_factory) else entry.default)
         elif config.get(name) is None:
             raise ValueError(f"{name} must be given, got {'null' if name in config else f'~{name}'}")
+    name = (config.get("method") or {}).get("name", "")
+    if not isinstance(name, str):
+        raise ValueError(f"method.name must be a name, got {'null' if name is None else name}")
     return config
 
 

@@ -72,7 +72,7 @@ def test_callbacks_and_checkpoints_may_be_left_out(tiny_root: Path) -> None:
         ("loop.rounds=${nothing}", "error: loop.rounds: Interpolation key 'nothing' not found"),
         ("optimizer.lr=${oc.env:NOT_THERE}", "error: optimizer.lr: .*'NOT_THERE' not found"),
         ("task=[1]", r"error: there is no task=\[1\]; these are: binary, "),
-        ("method.name=null", "error: method.name: field 'method.name' is not Optional\n"),
+        ("method.name=null", "error: method.name must be a name, got null\n"),
         ("paths.log_dir=null", "error: paths.log_dir: field 'paths.log_dir' is not Optional"),
         ("~paths.log_dir", "error: paths.log_dir: PathsConfig .* does not support deletion"),
         ("paths.log_dir=[1]", "error: paths.log_dir: Cannot convert 'list' to string"),
