@@ -95,6 +95,8 @@ def test_every_command_runs(
 ) -> None:
     if "executor=ray" in arguments:
         pytest.skip("needs a cluster; tests/executors/test_ray_cluster.py starts one")
+    if "executor=sites" in arguments:
+        pytest.skip("waits for sites; tests/sites starts them")
     if "DeviceMonitor" in arguments and not torch.cuda.is_available():
         pytest.skip("watches a GPU")
     monkeypatch.syspath_prepend(place)

@@ -18,6 +18,8 @@ from fl_lightning.run.folder import RunFolder
 from fl_lightning.run.overrides import composed
 from fl_lightning.run.training import assemble
 from fl_lightning.sites import messages
+from fl_lightning.split.cut import Cut
+from fl_lightning.split.executor import SplitExecutor, SplitServer
 from fl_lightning.state import State
 
 QUIET = ("logger=none", "dashboard=null", "progress=null", "checkpoint=null", "loop.rounds=1")
@@ -42,7 +44,9 @@ def print_what_leaves(name: str, words: Sequence[str]) -> None:
     """
     config = plain(composed("train", [*words, *QUIET]))
     config["data"]["client"] = name
-    config["executor"] = {"_target_": f"{SerialExecutor.__module__}.{SerialExecutor.__qualname__}"}
+    in_turn = ((config["callbacks"] or {}).get("server") or {}).get("in_turn")
+    executor = SplitExecutor if in_turn else SerialExecutor
+    config["executor"] = {"_target_": f"{executor.__module__}.{executor.__qualname__}"}
     logging.getLogger("fl_lightning").setLevel(logging.WARNING)
     watch = Watch()
     with tempfile.TemporaryDirectory() as folder:
@@ -59,9 +63,22 @@ def print_what_leaves(name: str, words: Sequence[str]) -> None:
             print(f"  {line}")
         total += sum(tensor.nbytes for tensor in state.values())
     print(f"  {total:,} bytes of tensors, and the numbers {', '.join(watch.update.metrics)}, num_examples")
+    for server in run.loop.callbacks.values():
+        if isinstance(server, SplitServer):
+            print("\n".join(_batch(server, server.cuts[0])))
     print("Every evaluation: scores\n  " + ", ".join(run.loop.metrics.names) + ", with the sums they are formed of")
     own = [tensor for tensor in run.clients[0].personal if tensor not in watch.update.state]
     print(f"Never: examples, labels one by one, {', '.join(own) or 'no tensor of the model'}")
+
+
+def _batch(server: SplitServer, cut: Cut) -> Iterator[str]:
+    """Say what leaves with every batch where the server holds the model's middle."""
+    up = {"activation": cut.at, "gradient": cut.end}
+    if server.alignment.place and cut.at > cut.start:
+        up["base"] = cut.start
+    yield f"Every batch of N examples, with the model cut before its blocks {cut.at} and {cut.end}"
+    for name, block in up.items():
+        yield f"  {name}  float32 (N, {', '.join(map(str, server.shapes[block - 1]))})"
 
 
 def _lines(part: str, state: State) -> Iterator[str]:

@@ -424,8 +424,6 @@ class SitesExecutor(Executor):
         seat = self._seats[info.name]
 
         def encode(full: bool) -> bytes:
-            if turn is not None:
-                turn.begin()
             known = not seat.sent.replace(states["state"]) and not full
             seat.state += not known
             sent = {key: state for key, state in states.items() if not (known and key == "state")}

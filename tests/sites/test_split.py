@@ -19,6 +19,7 @@ from fl_lightning.run.config import plain
 from fl_lightning.run.folder import RunFolder
 from fl_lightning.run.overrides import composed
 from fl_lightning.run.training import Federation, assemble
+from fl_lightning.sites.dry_run import print_what_leaves
 from fl_lightning.sites.executor import SitesExecutor
 from fl_lightning.sites.frame import MessageError, decode_states, encode_states
 from fl_lightning.sites.held import Store
@@ -316,6 +317,16 @@ def test_a_site_without_work_wants_the_turn_from_its_beginning(tiny_root: Path, 
     site = Site("ann", tmp_path, ["data=folder", f"data.root={tiny_root / 'ann.npz'}"])
     answer, _ = decode_states(site.answer(encode_states({"kind": "exchange", "ticket": "x"}, {})))
     assert answer == {"kind": "need", "what": ["turn"]}
+
+
+@pytest.mark.slow
+def test_a_dry_run_says_what_leaves_with_a_batch(tiny_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cuts = ["split_policy=fixed", "callbacks.server.policy.cuts=[2]", "module.end=0"]
+    words = [f"data.root={tiny_root / 'ann.npz'}", "method=flexp_sfl", "model=lenet5", "data=folder", *cuts]
+    print_what_leaves("ann", [*words, "model._target_=tests.federations.tiny_model"])
+    said = capsys.readouterr().out
+    assert "  0 bytes of tensors" in said
+    assert "activation  float32 (N, 4, 4, 4)\n  gradient  float32 (N, 16)\n  base  float32 (N, 4, 4, 4)" in said
 
 
 def on_the_device(root: Path, folder: Path) -> None:
