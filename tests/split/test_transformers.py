@@ -20,6 +20,7 @@ from fl_lightning.run.overrides import composed
 from fl_lightning.run.training import assemble
 from fl_lightning.split.blocks import chain, check, run
 from fl_lightning.split.module import SplitModule
+from fl_lightning.split.part import keep_part, without_weights
 from fl_lightning.task import Language
 from tests.federations import assert_same
 from tests.split.halves import SGD, connect, make_body, step, whole_state
@@ -114,6 +115,24 @@ def test_adapters_on_both_halves_train_as_on_the_whole_model() -> None:
             torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
             moved = not torch.equal(found[name], start[name])
             assert moved == (".lora_" in name), name
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_client_makes_its_part_alone(name: str) -> None:
+    """With the weights of its own blocks it computes what the whole model does up to the cut and behind the end."""
+    whole = SplitModule(make(name), end=-2).eval()
+    config = {"model_type": name, **CONFIGS[name]}
+    with without_weights():
+        part = SplitModule(hf(11, image_size=8, config=config), end=-2).eval()
+    cut = part.cut_at(1)
+    keep_part(part, cut)
+    held = set(whole.parts(cut).client)
+    assert set(part.state_dict()) == held
+    part.load_state_dict({key: tensor for key, tensor in whole.state_dict().items() if key in held})
+    tokens, hidden = torch.randint(11, (2, 8)), torch.randn(2, 8, 16)
+    ours, theirs = list(part.blocks.values()), list(whole.blocks.values())
+    torch.testing.assert_close(run(ours[: cut.at], tokens), run(theirs[: cut.at], tokens))
+    torch.testing.assert_close(run(ours[cut.end :], hidden), run(theirs[cut.end :], hidden))
 
 
 def test_adapters_need_something_to_train_on_both_sides() -> None:
