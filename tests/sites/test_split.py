@@ -345,17 +345,3 @@ def on_the_device(root: Path, folder: Path) -> None:
 @pytest.mark.skipif(not simulated_device.is_possible(), reason=f"torch {torch.__version__} has no backends in Python")
 def test_the_server_computes_on_the_trainers_device(tiny_root: Path, tmp_path: Path) -> None:
     in_a_process_of_its_own(on_the_device, tiny_root, tmp_path)
-
-
-def test_adapters_train_at_sites_as_in_one_process(tiny_root: Path, tmp_path: Path) -> None:
-    """A site gets frozen weights and adapters of its own blocks; adapters alone are trained on both sides."""
-    pytest.importorskip("peft", reason="the extra `lora` is not installed")
-    words = [
-        "method=flexp_sfl", "model._target_=tests.federations.tiny_transformer", "module.end=-2",
-        "callbacks.everyone=null", "model.adapters={rank: 2, targets: attention}",
-    ]  # fmt: skip
-    serial = federation(tiny_root, tmp_path / "serial", "seed=3", *words)
-    serial.fit()
-    run, near = run_near(tiny_root, tmp_path, *words)
-    assert_bits(run, near, serial)
-    assert all(".lora_" in name for name in run.loop.state)
