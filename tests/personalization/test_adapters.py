@@ -30,10 +30,10 @@ def base(kind: str, folder: Path) -> Any:
     """Save a tiny language model or classifier, over bytes, into a folder."""
     torch.manual_seed(0)
     if kind == "causal":
-        known = {**TINY["gpt2"], "vocab_size": 256, "n_positions": 32}
+        known = {**TINY["gpt2"], "vocab_size": 256, "n_positions": 32, "initializer_range": 0.5}
         plain = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**known))
     else:
-        known = {**TINY["bert"], "num_labels": 2}
+        known = {**TINY["bert"], "num_labels": 2, "initializer_range": 0.5}  # attention matters
         plain = transformers.AutoModelForSequenceClassification.from_config(transformers.AutoConfig.for_model(**known))
     plain.save_pretrained(folder)
     return plain.eval()
@@ -64,13 +64,16 @@ def test_peft_reads_each_clients_adapters_and_they_alone_trained(
     cfg = compose_personalization(*words, *data(kind, tmp_path / "texts"))
     personalize(cfg, tmp_path / "run")
     folder = tmp_path / "run/models" / strategy / "seed_0"
-    x = torch.randint(1, 255, (3, 12))
+    x, seen = torch.randint(1, 255, (3, 12)), {}
+    if kind == "sequence":
+        x[0, -3:] = 0  # padding
+        seen = {"attention_mask": (x != 0).long()}
     found = []
     for client in (0, 1):
         tensors = load_file(folder / f"client_{client}/adapter_model.safetensors")
         assert sum(tensor.numel() for tensor in tensors.values()) == count
         read = peft.PeftModel.from_pretrained(copy.deepcopy(plain), str(folder / f"client_{client}")).eval()
-        found.append(read(x).logits[:, -12:] if kind == "causal" else read(x).logits)
+        found.append(read(x, **seen).logits[:, -12:] if kind == "causal" else read(x, **seen).logits)
         saved = torch.load(folder / f"client_{client}.pt", weights_only=True)
         prompt = saved.pop("prompt", None)
         model = hf(256 if kind == "causal" else 2, image_size=12, name=str(tmp_path / "base"), kind=kind)  # type: ignore[arg-type]
@@ -86,7 +89,7 @@ def test_peft_reads_each_clients_adapters_and_they_alone_trained(
         module.backbone.load_state_dict(saved)
         module.head.load_state_dict(head)
         torch.testing.assert_close(found[-1], module(x), rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(found[-1], plain(x).logits, atol=1e-5)
+        assert not torch.allclose(found[-1], plain(x, **seen).logits, atol=1e-5)
     assert not torch.allclose(found[0], found[1])
     rows = read_json(tmp_path / "run/results.json")["methods"]
     assert rows["none"]["feature_distortion"] == 0 < rows[strategy]["feature_distortion"]
