@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from benchmarks.bare import BareRounds
 from benchmarks.workloads import Rounds, Workload
 from fl_lightning import personalization
 from fl_lightning.executors import CohortExecutor, Executor, SerialExecutor
+from fl_lightning.fit.local import LocalTraining
 from fl_lightning.run import training
 from fl_lightning.run.command_line import CONF
 from fl_lightning.run.folder import RunFolder
@@ -184,6 +186,34 @@ def test_the_model_goes_up_once_a_round_and_comes_down_once(executor: Callable[[
 @pytest.mark.every
 def test_a_step_launches_no_more_than_a_bare_loop_and_a_cohort_no_more_for_more_clients() -> None:
     in_a_process_of_its_own(few_operations)
+
+
+class StaticCohort(CohortExecutor):
+    """Takes the steps that a graph would hold, one after another."""
+
+    def _check_graph(self, local: LocalTraining) -> None:
+        pass
+
+    def _record(self, work: Callable[[], None]) -> Callable[[], None]:
+        work()
+        return work
+
+
+def recorded_with_adam() -> None:
+    """A graph's Adam counts its steps on the device, so that no number of the host changes between them."""
+    work = Workload("", 9, 0, 9, batch_size=2, uneven=(*range(1, 10),))
+    runs = [Rounds(work, kind, device=simulated_device.NAME) for kind in (CohortExecutor(), StaticCohort(graph=True))]
+    for run in runs:
+        run.loop.local.optimizer = partial(torch.optim.Adam, lr=1e-3, eps=1e-3)
+        run()
+        run()
+    one, other = (run.loop.state for run in runs)
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-6
+
+
+@pytest.mark.every
+def test_adam_of_a_recorded_step_is_adam() -> None:
+    in_a_process_of_its_own(recorded_with_adam)
 
 
 def personalized_alike(tiny_root: Path, folder: Path, strategies: Sequence[str]) -> None:

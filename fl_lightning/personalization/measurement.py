@@ -130,14 +130,15 @@ class ModelMetrics(Metrics):
         chosen = self.names if names is None else tuple(names)
         if not chosen:
             return {}, {}, None
-        if not list(batches_of(data, split))[:1]:
+        batches = list(batches_of(data, split))
+        if not batches:
             return dict.fromkeys(chosen, math.nan), {}, None
         module = _in_two_parts(forward)
         if module is None:
             features = None
-            logits, targets = (tensor.cpu() for tensor in predict(forward, batches_of(data, split)))
+            logits, targets = (tensor.cpu() for tensor in predict(forward, batches))
         else:
-            features, targets = (tensor.cpu() for tensor in predict(module.features, batches_of(data, split)))
+            features, targets = (tensor.cpu() for tensor in predict(module.features, batches))
             with evaluating(module.head), torch.inference_mode():
                 logits = module.head(features.to(module.device)).float().cpu()
         values = self.logged(forward, data, split, chosen)[0]
