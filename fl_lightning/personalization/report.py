@@ -220,9 +220,9 @@ def about(source: Source, config: Mapping[str, Any], run_folder: RunFolder) -> l
     """Return what a run was made from, for the page."""
     made = run_folder.environments()[-1]
     machine = ", ".join(f"{key} {made[key]}" for key in ("fl_lightning", "commit", "torch", "lightning") if key in made)
-    training = {"method": "global model by", "training_seed": "seed of its training"}
+    training = {"method": "trained by", "training_seed": "seed of its training", "start": "what strategies start from"}
     return [
-        ("global model", str(source.description["checkpoint"])),
+        ("run" if source.start else "global model", str(source.description["checkpoint"])),
         *((word, str(source.description[key])) for key, word in training.items() if key in source.description),
         ("partition", f"{source.data.partition.hash} (SHA-256 of who holds which examples)"),
         ("seed", f"{config['seed']}, {config['seeds']} runs of fine-tuning"),

@@ -141,8 +141,9 @@ class RunModels:
         own = module.state_dict()
         if not any(name in own and name not in module.base_names for name in self.loop.state):
             raise ValueError(
-                f"checkpoint={self.path}: its clients share no part of the model (method={self.method}), so that there "
-                f"is nothing to fine-tune from; give checkpoint= a run with a global model, and beside=[{self.path}]"
+                f"checkpoint={self.path}: its clients share no part of the model that is fine-tuned "
+                f"(method={self.method}), so that there is nothing to start from; give checkpoint= a run with a "
+                f"global model, and beside=[{self.path}]"
             )
         infos = [one for one in self.loop.clients if one.num_train]
         total = math.fsum(one.num_train for one in infos)

@@ -245,7 +245,15 @@ def _from_run_folder(
     method, start = before["method"]["name"], ""
     runs = [] if not own or at_sites or given["data"] else [RunModels(run, before, data, config["trust"])]
     if run.global_model.is_file():
-        put(module, run.global_model, config["new_head"])
+        try:
+            put(module, run.global_model, config["new_head"])
+        except ValueError as error:
+            if not runs or before["model"] != model:
+                raise
+            raise ValueError(
+                f"{error}. If method={method} has a global model of its own kind, which cannot be fine-tuned here, "
+                f"give checkpoint= another run, and beside=[{run.path}]"
+            ) from error
     elif not runs:
         raise FileNotFoundError(
             f"{run.path} holds no {run.global_model.name} (method={method}), and no personal models that can be had "

@@ -121,7 +121,7 @@ def test_what_cannot_be_a_row_or_a_start_is_said(trained: Path, tiny_root: Path,
     with pytest.raises(ValueError, match=r"beside: .*trained has no personal models \(method=fedavg"):
         row_of(tmp_path / "none", trained, f"beside=[{trained}]", row="fedavg")
     trained_by(tiny_root, tmp_path / "alone", "method=local")
-    with pytest.raises(ValueError, match="share no part of the model .*beside="):
+    with pytest.raises(ValueError, match="share no part of the model that is fine-tuned .*beside="):
         row_of(tmp_path / "one", tmp_path / "alone", row="local")
     trained_by(tiny_root, tmp_path / "bare", "method=ditto", "checkpoint=null")
     with pytest.raises(FileNotFoundError, match="keeps no checkpoint"):
