@@ -87,3 +87,10 @@ def test_what_does_not_is_let_pass(code: str) -> None:
 def test_every_public_module_has_a_docstring() -> None:
     public = {path: tree for path, tree in TREES.items() if not path.stem.startswith("_") or path.stem == "__init__"}
     assert not [str(path) for path, tree in public.items() if not ast.get_docstring(tree)]
+
+
+def test_one_version_everywhere() -> None:
+    root = PACKAGE.parent
+    (version,) = re.findall(r'^version = "(.*)"', (root / "pyproject.toml").read_text(), re.M)
+    assert re.findall(r"^version: (.*)", (root / "CITATION.cff").read_text(), re.M) == [version]
+    assert re.findall(r"^## (.*)", (root / "CHANGELOG.md").read_text(), re.M)[0] == version
