@@ -166,6 +166,27 @@ def test_sites_start_from_a_trained_model(method: str, tiny_root: Path, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("method=pfsl", "data.unseen_clients=[cid]"),
+        ("method=flexp_sfl", "data.unseen_clients=[cid]"),
+        ("method=sl", "cohort.fraction=0.5", "local.validate=true"),
+        ("method=splitfed", "trainer.precision=bf16-mixed"),
+        ("method=flexp_sfl", "split_policy=fixed", "module.end=0", "callbacks.server.alignment.at=client",
+         "trainer.accumulate_grad_batches=2", "trainer.precision=bf16-mixed"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_other_settings_have_the_bits_of_one_process(words: tuple[str, ...], tiny_root: Path, tmp_path: Path) -> None:
+    words = (*words, "seed=3", "loop.rounds=1")
+    expected = finished(federation(tiny_root, tmp_path / "serial", *words), tiny_root, tmp_path / "serial", *words)
+    with Near(tiny_root, tmp_path / "sites").called():
+        run = at_sites(tiny_root, tmp_path / "server", 1, *words)
+    assert_same(finished(run, tiny_root, tmp_path / "server", *words), expected)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_language_models_with_adapters_are_cut_at_sites(name: str, tmp_path: Path) -> None:
     """Frozen weights go to their holder once; what all layers use, such as rotary embeddings, stays with the client."""
