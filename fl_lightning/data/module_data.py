@@ -272,12 +272,12 @@ class DataModules:
         self.name = type(named[ordered[0]]).__name__
         self.num_classes = num_classes or _classes(named, everyone)
         self.class_names = list(class_names or map(str, range(self.num_classes)))
-        for client in everyone:
-            client.settle(self.num_classes)
+        for one in everyone:
+            one.settle(self.num_classes)
             left_out: dict[Split, str] = {"val": "chooses no model", "test": "has no test score"}
             for split, words in left_out.items():
-                if not client.count(split):
-                    log.warning("client %s has no %s data: it trains, but %s", client.name, split, words)
+                if not one.count(split):
+                    log.warning("client %s has no %s data: it trains, but %s", one.name, split, words)
         x, _ = next(iter(everyone[0].eval_dataloader("train")))
         shape: tuple[int, ...] = tuple(x.shape[1:]) if isinstance(x, Tensor) and x.ndim > 1 else (1,)
         shape = (*shape, 1) if isinstance(x, Tensor) and x.is_floating_point() and len(shape) == 1 else shape
