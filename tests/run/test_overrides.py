@@ -31,7 +31,7 @@ CASES = [
     ),
     ("train", ["data=nothing"], "there is no data=nothing; these are: celeba, "),
     ("train", ["model=null"], "there is no model=null; these are: cnn2, gpt2, gpt_tiny, "),
-    ("train", ["seed=3", "executor=null"], "there is no executor=null; these are: cohort, processes, ray, serial"),
+    ("train", ["seed=3", "executor=null"], "there is no executor=null; these are: cohort, hosted, processes, "),
     ("train", ["optimizer=null"], "there is no optimizer=null; these are: adam, adamw, sgd"),
     ("train", ["trainer=null"], "there is no trainer=null; these are: cpu, gpu"),
     ("train", ["optimizer=3"], "there is no optimizer=3; these are: adam, adamw, sgd"),
