@@ -73,6 +73,7 @@ def overrides(*more: str) -> list[str]:
         ["~optimizer", "+optimizer={_target_: torch.optim.Adam, _partial_: true, lr: 0.01}"],
         [
             "method=fedprox",
+            "callbacks.proximal.mu=0.5",
             "+callbacks.freeze._target_=fl_lightning.callbacks.freeze_schedule.FreezeSchedule",
             "+callbacks.freeze.phases=[{train: [head], epochs: 1, lr: 0.1}, {train: ['*']}]",
         ],
@@ -139,6 +140,7 @@ def test_so_it_does_where_the_stack_shrinks_and_updates_stay_rows_of_it(kind: st
     for run in runs:
         if kind == "adam":
             run.loop.local.optimizer = partial(torch.optim.Adam, lr=0.01)
+            run.loop.local.batch_size = 3
         if kind == "scaffold":  # behind the pull, which goes on for those that are over
             run.loop.callbacks["proximal"].mu = 1.0
             use_scaffold(run)
