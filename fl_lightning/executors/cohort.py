@@ -281,8 +281,16 @@ class CohortExecutor(Simulation):
             inputs = Inputs(x, y, weight, noise, shares[number, : len(x)])
             if step is None:
                 step = self._step(place, layout, rows, edits, best, partly, inputs)
-            with layers.in_place():
-                step(inputs)
+            try:
+                with layers.in_place():
+                    step(inputs)
+            except RuntimeError as error:
+                if "randomness" not in str(error):
+                    raise
+                raise ValueError(
+                    "executor=cohort cannot train this, because the model draws random numbers outside of its dropout "
+                    "layers; take executor=serial or processes"
+                ) from error
         return step.step.rows if isinstance(step, RecordedStep) else rows
 
     def _step(

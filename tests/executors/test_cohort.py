@@ -405,6 +405,22 @@ def test_what_is_not_elementwise_is_refused(more: list[str], reason: str, tiny_r
         run.fit()
 
 
+class Draws(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(x, 0.5, self.training)
+
+
+def test_draws_outside_of_dropout_layers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def model(num_classes: int, **size: int) -> Model:
+        plain = tiny_model(num_classes, batch_norm=False)
+        return Model(nn.Sequential(plain.backbone, Draws()), plain.head, "head")
+
+    monkeypatch.setitem(MODELS, "draws", model)
+    run = Rounds(Workload("", 2, 4, 2, batch_size=2, model="draws"), CohortExecutor())
+    with pytest.raises(RuntimeError, match="draws random numbers outside of its dropout layers; take"):
+        run()
+
+
 def test_number_of_clients_is_checked() -> None:
     with pytest.raises(ValueError, match="clients must be at least 1"):
         CohortExecutor(0)
