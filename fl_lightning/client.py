@@ -29,6 +29,7 @@ class ClientInfo:
         label_counts: Training examples of each class, int64 (num_classes,); empty where labels are no classes.
         batch_size: Training examples of a batch.
         unseen: Whether it never trains, and is only evaluated on.
+        stays: Whether a model of its own never leaves it in whole, so that it is tried on its own data alone.
     """
 
     id: int
@@ -39,6 +40,7 @@ class ClientInfo:
     label_counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     batch_size: int = 1
     unseen: bool = False
+    stays: bool = False
 
     @property
     def num_examples(self) -> int:

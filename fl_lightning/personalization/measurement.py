@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -30,6 +30,10 @@ from fl_lightning.task import Classification, Task
 
 ACCURACY, LOSS = "accuracy", "loss"
 AT_HOME = ("ece", "one_class")
+HEAD_NORM = "head_norm"
+HOME = "personalized"
+"""Name under which a client keeps the model that never leaves it."""
+
 EXAMPLES = "examples"
 
 
@@ -132,7 +136,7 @@ class ModelMetrics(Metrics):
             return {}, {}, None
         batches = list(batches_of(data, split))
         if not batches:
-            return dict.fromkeys(chosen, math.nan), {}, None
+            return dict.fromkeys(chosen, math.nan) | _own_norm(forward, chosen, True), {}, None
         module = _in_two_parts(forward)
         if module is None:
             features = None
@@ -170,7 +174,8 @@ class ModelMetrics(Metrics):
             values["one_class"] = 0.0
             if self.task.has_classes:
                 values["one_class"] = float(len(self.task.predicted(outputs).unique()) == 1 < len(truths.unique()))
-        return values, totals, None
+        in_parts = not math.isnan(values.get("feature_distortion", math.nan))
+        return values | _own_norm(forward, chosen, in_parts), totals, None
 
     def _global_features(self, module: FederatedModule, data: HasExamples, split: Split) -> Tensor | None:
         """Return the global model's features of a client's data, which are found once; None of another backbone."""
@@ -186,12 +191,31 @@ class ModelMetrics(Metrics):
 
 def _in_two_parts(forward: Forward) -> FederatedModule | None:
     """Return the module behind a function whose outputs are those of its head on the features of its backbone."""
-    module = forward if isinstance(forward, FederatedModule) else getattr(forward, "__self__", None)
-    assert isinstance(module, FederatedModule)
+    module = _module_of(forward)
     if not isinstance(forward, FederatedModule) and module.has_personal_model:
         return None
     plain = type(module).forward is FederatedModule.forward or isinstance(module, AdaptedModule)
     return module if plain else None
+
+
+def _module_of(forward: Forward) -> FederatedModule:
+    module = forward if isinstance(forward, FederatedModule) else getattr(forward, "__self__", None)
+    assert isinstance(module, FederatedModule)
+    return module
+
+
+def _head_norm(state: State, in_parts: bool) -> float:
+    """Return the norm of the weights of a model's head; 0 where it has none of its own."""
+    head = {name: tensor for name, tensor in state.items() if name.startswith(HEAD)}
+    return weight_norm(head) if in_parts and any(tensor.ndim > 1 for tensor in head.values()) else 0.0
+
+
+def _own_norm(forward: Forward, chosen: Iterable[str], in_parts: bool) -> dict[str, float]:
+    """Return the norm of the head of a model that stays where it is, if it is asked for; NaN of a diverged model."""
+    if HEAD_NORM not in chosen:
+        return {}
+    state = _module_of(forward).state_dict()
+    return {HEAD_NORM: _head_norm(state, in_parts) if all_finite(state) else math.nan}
 
 
 class Examiner(Protocol):
@@ -241,7 +265,7 @@ class Measurement:
         Args:
             executor: Reaches the clients; its trainings have :class:`ModelMetrics`.
             models: Owners, each with all tensors of the model, and whether it is one that came out: it is scored on
-                validation data too, and its predictions come back.
+                validation data too, and its predictions come back. Without tensors: the one that the owner has kept.
             personal: Whether they are personal models of their module, by its ``personal_forward``.
         """
         found, tasks = [], []
@@ -294,6 +318,11 @@ class Measurement:
         return sorted({*self._sample, owner})
 
     def _exams(self, owner: int, state: State, ended: bool, personal: bool) -> Iterator[tuple[ClientInfo, Exam]]:
+        if not state:
+            names = (*self.names, "feature_distortion", *AT_HOME, HEAD_NORM, EXAMPLES)
+            exams = Exam("test", metrics=names), Exam("train"), *self._validation(self.clients[owner], {})
+            yield from ((self.clients[owner], replace(exam, personal=True, stage=HOME)) for exam in exams)
+            return
         for index in self._tried(owner):
             names = (*self.names, "feature_distortion", *(AT_HOME if index == owner else ()))
             client = self.clients[index]
@@ -308,7 +337,7 @@ class Measurement:
     def _measures(self, owner: int, state: State, answers: Mapping[tuple[int, Split], Scores]) -> Measures:
         """Put the answers of the clients tried, and the owner's about its training data, into one."""
         values = {name: torch.full((len(self.clients),), math.nan, dtype=torch.float64) for name in self.names}
-        if not answers:
+        if not answers or (not state and math.isnan(answers[owner, "test"].values[HEAD_NORM])):
             unknown: dict[str, Any] = dict.fromkeys(SCALARS, math.nan)
             return Measures(values, **unknown)
         tests = {index: score for (index, split), score in answers.items() if split == "test"}
@@ -321,16 +350,14 @@ class Measurement:
         home = tests[owner].values
         own = validated.pop(owner).values if owner in validated else {}
         elsewhere = [score.values[self.metric] for score in validated.values()]
-        head = {name: tensor for name, tensor in state.items() if name.startswith(HEAD)}
         # Where there are no features to compare, what is named `head` is the global model's.
         in_parts = not (math.isnan(home["feature_distortion"]) and self.clients[owner].num_test)
-        has_head = in_parts and any(tensor.ndim > 1 for tensor in head.values())
         return Measures(
             values,
             feature_distortion=home["feature_distortion"],
             feature_distortion_all=mean(moved, examples),
             ece=home["ece"],
-            head_norm=weight_norm(head) if has_head else 0.0,
+            head_norm=_head_norm(state, in_parts) if state else home[HEAD_NORM],
             train_loss=answers[owner, "train"].values["train_loss"],
             one_class=home["one_class"],
             val_metric=own.get(self.metric, math.nan),

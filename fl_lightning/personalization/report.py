@@ -134,6 +134,7 @@ def report(
             "grid": config["grid"] or {},
             "comparisons": pairs,
             "partition_hash": source.data.partition.hash,
+            "models_stay_at": [client.name for client in clients if client.stays],
             "definitions": definitions,
         },
     )
@@ -154,6 +155,12 @@ def report(
         f"seed {config['seed']}, {times}"
     )
     lines = remarks_on({name: groups[name] for name in shown}, source, config, scoring)
+    staying = [client.name for client in clients if client.stays]
+    if staying:
+        lines.append(
+            f"{', '.join(staying)}: the model stays at the site and was tried on its own data alone; its row of the "
+            "matrix has no other value, its column those of the others' models."
+        )
     if evidence.only_at_home:
         lines.append(f"Of so many models on so many clients {scoring.metric} has intervals at home alone.")
     remarks = "".join(f"{line}\n" for line in [*lines, *words_on_choices(choices, methods, selection)])
@@ -555,7 +562,9 @@ def records_of(groups: Groups, clients: Sequence[ClientInfo], scoring: Scoring) 
             points: dict[int | str, list[Measures]] = {}
             if start is not None and strategy.start == "global" and strategy.train:
                 points[0] = [outcome.measures for outcome in start[number]]
-            for reached in sorted({epoch for outcome in run for epoch in outcome.curve}):
+            # Of a model that stays at its site nobody knows how it was on the way.
+            whole = all(outcome.curve for outcome in run)
+            for reached in sorted({epoch for outcome in run for epoch in outcome.curve if whole}):
                 # A fit that ended early stays where it ended.
                 points[reached] = [outcome.curve[max(e for e in outcome.curve if e <= reached)] for outcome in run]
             points[END] = [outcome.measures for outcome in run]

@@ -99,6 +99,8 @@ def _run(
     measurement = Measurement(infos, scoring.names, others, config["seed"], scoring.metric)
     selection = Selection.of(config, scoring)
     selection.check(strategies, infos, measurement.others)
+    if config["save_models"] and (staying := [one.name for one in infos if one.stays]):
+        log.warning("the models of %s stay at their sites and are not saved", ", ".join(staying))
     for strategy in strategies:
         if strategy.run is not None:
             continue
@@ -263,7 +265,7 @@ def personalize(
                     if outcome.measures.diverged:
                         owner = infos[outcome.client].name
                         log.warning("%s, client %s: its model has diverged", strategy.name, owner)
-                    if config["save_models"]:
+                    if config["save_models"] and state:
                         _save(folder, strategy, outcome, module, {**base, **state})
                     done.setdefault(outcome.number, []).append(outcome)
                     if len(done[outcome.number]) == len(infos):

@@ -101,6 +101,11 @@ class Selection:
             )
         if self.by == "val_elsewhere" and not others:
             raise ValueError("select.by=val_elsewhere needs other clients to try models on; set matrix=true")
+        if self.by == "val_elsewhere" and (staying := [client.name for client in clients if client.stays]):
+            raise ValueError(
+                f"select.by must be val_metric or val_loss, got val_elsewhere: the model of {staying[0]} stays at its "
+                "site"
+            )
 
     def value(self, outcome: Outcome) -> float:
         """Return what decides, more being better; a model without a value is never better."""

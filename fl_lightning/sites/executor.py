@@ -282,7 +282,8 @@ class SitesExecutor(Executor):
         ordered = sorted(found, key=lambda name: (name in unseen, name))
         self._seats = {name: found[name] for name in ordered}
         for index, (name, seat) in enumerate(self._seats.items()):
-            seat.info = replace(seat.info, id=index, unseen=name in unseen)
+            stays = seat.description.get("stays") is True
+            seat.info = replace(seat.info, id=index, unseen=name in unseen, stays=stays)
             seat.order("load", None)
         if unseen >= found.keys():
             raise ValueError("data.unseen_clients must leave a site that trains")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from fl_lightning.executors.executor import Message
 from fl_lightning.executors.serial import torch_threads
 from fl_lightning.fit.local import LocalTraining
 from fl_lightning.fit.stock import silence_lightning
-from fl_lightning.personalization.measurement import ModelMetrics
+from fl_lightning.personalization.measurement import HOME, ModelMetrics
 from fl_lightning.run.config import check, instantiate, instantiate_dict, plain
 from fl_lightning.run.overrides import composed
 from fl_lightning.run.own_module import arguments_of
@@ -165,6 +166,7 @@ class Site:
             "target_type": str(y.dtype).removeprefix("torch."),
             "task": type(guess(y)).__name__,
             "partition": data.partition.hash,
+            "stays": self.stays,
         }
         return content, found
 
@@ -256,8 +258,6 @@ class Site:
         if (names := config.get("measures")) is None:
             local.metrics = Metrics(makers, task)
             local.metrics.use(task, config["metric"])
-        elif self.stays:
-            raise ValueError("it was started with --keep-model, and here clients' models are tried elsewhere")
         else:
             measured = {str(name): (makers or {}).get(name) for name in names}
             local.metrics = ModelMetrics(measured, snapshot(module.backbone.state_dict()), task, config["metric"])
@@ -334,6 +334,10 @@ class Site:
             return {"kind": "error", "text": f"{type(error).__name__}: {error}", "number": store.held.number}, {}
         if isinstance(answer, Fit):
             if isinstance(message, Broadcast) and not message.request:
+                if self.stays and isinstance(self.local.metrics, ModelMetrics):
+                    # A model that was personalized, which else goes to all: it is kept and scored here.
+                    answer = replace(answer, personal=dict(answer.update.state), stage=HOME)
+                    answer.update.state, answer.update.extra = {}, {}
                 store.take(answer, ticket)
             content, found = messages.fitted(answer, all_finite(answer.personal))
         else:

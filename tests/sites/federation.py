@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
+
 from fl_lightning.run.training import Federation
 from fl_lightning.sites.process import read_token, serve
 from fl_lightning.sites.service import SERVICE
@@ -41,9 +43,10 @@ class SiteThread:
         file: str = "",
         once: bool = True,
         data: Sequence[str] = (),
+        credentials: grpc.ChannelCredentials | None = None,
         **options: Any,
     ) -> None:
-        self.line = Line(f"127.0.0.1:{port}", SERVICE, timeout=30.0, patience=8.0)
+        self.line = Line(f"127.0.0.1:{port}", SERVICE, timeout=30.0, patience=8.0, credentials=credentials)
         data = data or ["data=folder", f"data.root={root / (file or name)}.npz"]
         self.folder, self.once = folder / name, once
         self.site = LockedSite(name, self.folder, [*data, *words], trust=["tests"], **options)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fl_lightning.evaluation.results import read_json
+from fl_lightning.sites.frame import decode_states
 from tests.federations import assert_same, tiny
 from tests.scripts import call
 from tests.sites.federation import NAMES, free_port, sites
@@ -50,17 +54,54 @@ def test_the_matrix_of_sites_is_that_of_the_simulation(strategies: str, tiny_roo
 
 
 @pytest.mark.slow
-def test_a_site_whose_model_stays_says_so(tiny_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_site_whose_model_stays_is_scored_at_home(
+    tiny_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     port = free_port()
-    at = ["executor=sites", f"executor.listen=127.0.0.1:{port}", "executor.sites=1", "logger=none"]
+    at = ["executor=sites", f"executor.listen=127.0.0.1:{port}", "executor.sites=3", "logger=none"]
     model = ["model=lenet5", "~model", "+model._target_=tests.federations.tiny_model"]
-    with sites(port, tiny_root, tmp_path / "sites", ["ann"], once=False, stays=True) as threads:
-        training = [*at, "data.classes=3", *model, "loop.rounds=1", "dashboard=null"]
+    folders, words = [tmp_path / "given", tmp_path / "kept"], [*QUICK, "trust=[tests]"]
+    with ExitStack() as stack:
+        threads = stack.enter_context(sites(port, tiny_root, tmp_path / "sites", once=False))
+        training = [*at, "data.classes=3", "data.batch_size=8", *model, "loop.rounds=2", "dashboard=null"]
         assert call("train", *training, f"hydra.run.dir={tmp_path / 'train'}") == 0
-        words = [f"checkpoint={tmp_path / 'train'}", *at, *QUICK, "trust=[tests]", f"hydra.run.dir={tmp_path / 'two'}"]
-        assert call("personalize", *words) == 1
-        assert (
-            "site ann: the run cannot be set up at site ann: it was started with --keep-model"
-            in capsys.readouterr().err
+        left = []
+        for folder in folders:
+            assert call("personalize", f"checkpoint={tmp_path / 'train'}", *at, *words, f"hydra.run.dir={folder}") == 0
+            threads[1].site.stays = True
+            threads[1].site.answer = recording(threads[1].site.answer, left)
+        choice = ["select.per=client", "select.by=val_elsewhere", "grid={lr: [0.1, 0.2]}"]
+        assert call("personalize", f"checkpoint={tmp_path / 'train'}", *at, *words, *choice) == 1
+        for thread in threads:
+            thread.line.close()
+    told = capsys.readouterr()
+    assert "select.by must be val_metric or val_loss, got val_elsewhere: the model of bob stays at its site" in told.err
+    assert "bob: the model stays at the site and was tried on its own data alone" in told.out
+    assert left
+    assert not any(name.startswith("update with") for name in left), left
+    given, kept = (read_json(folder / "results.json") for folder in folders)
+    assert (given["models_stay_at"], kept["models_stay_at"]) == ([], ["bob"])
+    for strategy, full in (("ft", False), ("none", True)):
+        before, after = (
+            np.genfromtxt(folder / "matrix" / f"{strategy}.csv", delimiter=",")[1:, 1:] for folder in folders
         )
-        assert threads
+        expected = before.copy()
+        if not full:
+            expected[1, [0, 2]] = np.nan
+        assert not np.isnan(before).any()
+        np.testing.assert_array_equal(after, expected)
+    one, other = (without_seconds(found["methods"]["ft"]["clients"]) for found in (given, kept))
+    assert one[1]["local"] == other[1]["local"]
+    same = ("head_norm", "train_loss", "ece", "feature_distortion", "val_metric", "val_loss", "local")
+    assert all(given["methods"]["ft"][key] == kept["methods"]["ft"][key] for key in same)
+
+
+def recording(answer: Callable[..., bytes], left: list[str]) -> Callable[..., bytes]:
+    """Note the tensors of models that are in a site's answers."""
+
+    def answers(*args: Any) -> bytes:
+        header, states = decode_states(found := answer(*args))
+        left.append(header["kind"] if not (states.get("state") or states.get("extra")) else f"update with {[*states]}")
+        return found
+
+    return answers

@@ -19,6 +19,7 @@ import torch
 import fl_lightning
 from fl_lightning import files
 from fl_lightning.client import Broadcast, Exam
+from fl_lightning.evaluation.results import read_json
 from fl_lightning.sites import process, service
 from fl_lightning.sites.executor import SitesExecutor
 from fl_lightning.sites.frame import MessageError, decode, decode_states, encode, encode_states
@@ -28,6 +29,7 @@ from fl_lightning.sites.site import Site
 from fl_lightning.sites.wire import Line, channel_credentials, read_pems, server_credentials
 from fl_lightning.state import same
 from tests.federations import add_recorder, assert_same, federation, outcome
+from tests.scripts import call
 from tests.sites.federation import NAMES, SiteThread, at_sites, free_port, run_at_sites, sites
 
 VERSION = fl_lightning.__version__
@@ -384,6 +386,29 @@ def test_a_site_is_who_its_certificate_says(hosted: Any, certificates: Path) -> 
     _, open_ = hosted(1)
     with pytest.raises(ConnectionError, match="it speaks in the clear, and this side TLS"):
         join(Line(open_.address, SERVICE, 20.0, 20.0, channel_credentials(pems("ca.pem"))), "ann")
+
+
+@pytest.mark.slow
+def test_a_whole_run_over_tls_has_the_bits_of_the_simulation(
+    certificates: Path, tiny_root: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    shutil.copy(tiny_root / "ann.npz", tmp_path / "data")
+    port = free_port()
+    at = ["executor=sites", f"executor.listen=127.0.0.1:{port}", "executor.sites=[ann]", "data.classes=3"]
+    at += [f"executor.tls_ca={certificates / 'ca.pem'}", f"executor.tls_cert={certificates / 'server.pem'}"]
+    at += [f"executor.tls_key={certificates / 'server.key'}"]
+    model = ["model=lenet5", "~model", "+model._target_=tests.federations.tiny_model"]
+    words = [*model, "method=fedper", "data.batch_size=8", "loop.rounds=2", "dashboard=null", "logger=none"]
+    own = channel_credentials(read_pems(*(certificates / name for name in ("ca.pem", "ann.key", "ann.pem"))))
+    with sites(port, tiny_root, tmp_path / "sites", ["ann"], credentials=own) as [site]:
+        assert call("train", *at, *words, f"hydra.run.dir={tmp_path / 'over'}") == 0
+    assert site.error is None
+    assert site.line.encrypted
+    data = ["data=folder", f"data.root={tmp_path / 'data'}", "data.classes=3", "executor=serial"]
+    assert call("train", *data, *words, f"hydra.run.dir={tmp_path / 'serial'}") == 0
+    found, expected = (read_json(tmp_path / name / "results.json")["metrics"] for name in ("over", "serial"))
+    assert found == expected
 
 
 def test_nothing_is_said_in_the_clear_beyond_this_machine() -> None:
