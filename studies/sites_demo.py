@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -71,6 +72,7 @@ def scores(run: Path) -> object:
 
 def main() -> None:
     """Run everything."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no site is left behind
     folder = (Path("logs") / "sites" / time.strftime("%Y-%m-%d_%H-%M-%S")).absolute()
     write_data(folder / "data")
     with socket.socket() as free:
