@@ -74,14 +74,16 @@ def resampled(task: Task, metric: str) -> Resampled | None:
 
 
 def _of_mean(task: Task, named: Mean) -> Resampled:
-    """A mean over targets: each example adds its sum, and the number of its targets."""
+    """A mean over targets or examples: each example adds its sum, and the number of what it is a mean over."""
 
     def parts(outputs: Tensor, targets: Tensor) -> Tensor:
         found = []
         for out, target in zip(outputs.split(1), targets.split(1), strict=True):
             flat = task.flat(out, target)
-            count = torch.as_tensor(task.count(flat[1]), dtype=torch.float32)
-            found.append(torch.stack([named.add(*flat).float() if float(count) else torch.zeros(()), count]))
+            number = task.count(flat[1]) if named.count is None else named.count(target)
+            count = torch.as_tensor(number, dtype=torch.float32)
+            added = named.sum((out, target), flat).float() if float(count) else torch.zeros(())
+            found.append(torch.stack([added, count]))
         return torch.stack(found)
 
     def values(shares: Array, parts: Array) -> Array:

@@ -214,6 +214,7 @@ def tiny(name: str, folder: Path, root: Path, *overrides: str) -> Comparison:
     return replace(found, folder=str(folder), common=common, seeds=[1], personalize=[*found.personalize, *SHORT])
 
 
+@pytest.mark.slow
 def test_a_tuned_study_end_to_end(
     tmp_path: Path, tiny_root: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

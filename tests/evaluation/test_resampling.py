@@ -37,7 +37,8 @@ def draw(task: Task) -> tuple[torch.Tensor, torch.Tensor]:
         return outputs, torch.where(torch.rand(y.shape, generator=generator) < 0.2, -100, y)
     if isinstance(task, Language):
         y = classes(N, 5)
-        return normal(N, 5, C), torch.where(torch.rand(y.shape, generator=generator) < 0.2, -100, y)
+        outputs = normal(N, 5, C) + 3 * torch.eye(C)[y]  # so that some answers are right as a whole
+        return outputs, torch.where(torch.rand(y.shape, generator=generator) < 0.2, -100, y)
     if isinstance(task, Multilabel):
         y = torch.randint(2, (N, 3), generator=generator).float()
         return normal(N, 3) + y, torch.where(torch.rand(y.shape, generator=generator) < 0.2, torch.nan, y)

@@ -148,6 +148,7 @@ def texts(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_flexp_sfl_trains_adapters_of_a_language_model_on_prompts(tmp_path: Path) -> None:
     """Only adapters travel with a fit; answers alone count; personal models are scored whole."""
     pytest.importorskip("peft", reason="the extra `lora` is not installed")
