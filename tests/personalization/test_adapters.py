@@ -121,7 +121,7 @@ def test_a_prompt_of_images_is_seen_by_all_blocks_and_zeros_are_none(pool: str) 
     assert not torch.allclose(prompted(x), plain(x))
 
 
-@pytest.mark.slow
+@pytest.mark.every
 def test_prompts_of_images_personalize(tiny_root: Path, tmp_path: Path) -> None:
     vision = ["~model", "+model._target_=fl_lightning.models.vit", "+model.patch_size=4", "+model.embed_dim=8"]
     vision += ["+model.depth=1", "+model.num_heads=2"]
