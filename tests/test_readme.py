@@ -67,6 +67,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert call("train", *given, f"hydra.run.dir={folder / 'RUN'}") == 0
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL | re.MULTILINE)
     (folder / "mine.py").write_text(next(block for block in blocks if block.startswith("# mine.py")))
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=256, n_positions=256, n_embd=8, n_layer=1, n_head=1)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder / "FOLDER")
     return folder
 
 
@@ -78,7 +81,9 @@ def shortened(script: str, arguments: str, place: Path, folder: Path) -> list[st
     words = []
     for word in shlex.split(arguments):
         key = word.partition("=")[0]
-        if word != "trainer=gpu" and key != "hydra.run.dir":
+        if word == "checkpoint=FOLDER":
+            words.append(f"checkpoint={place / 'FOLDER'}")
+        elif word not in ("trainer=gpu", "data.tokenizer=FOLDER") and key != "hydra.run.dir":  # bytes are its tokens
             words.append(f"{key}={known[key]}" if key in known else word.replace("=NAME", "=fedavg"))
     if "data=cifar10" in words:
         words += [f"data.root={known['data.root']}", "data.num_clients=10"]
