@@ -31,6 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.every
 def test_blocks_run_in_order(folder: Path) -> None:
     torch.set_num_threads(1)
     names: dict[str, Any] = {"__name__": "page"}

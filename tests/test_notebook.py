@@ -26,6 +26,7 @@ def test_it_is_the_scripts_run_and_goes_on_from_either(tiny_root: Path, tmp_path
     assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
 
 
+@pytest.mark.every
 def test_personalization(tiny_root: Path, tmp_path: Path) -> None:
     run = fl.train(*WORDS, data={"root": tiny_root}, rounds=1, folder=tmp_path / "run")
     settings = {"executor": "serial", "logger": "none", "baselines": {"local": {"epochs": 1}}, "trust": ["tests"]}

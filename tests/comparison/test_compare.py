@@ -85,6 +85,7 @@ def test_finished_runs_are_read_and_stopped_ones_go_on(tiny: Comparison) -> None
     assert {**again, "seconds": 0} == {**fedavg, "seconds": 0}
 
 
+@pytest.mark.every
 def test_seeds_are_runs_of_their_own(tiny: Comparison) -> None:
     rows = compare(tiny, ["fedavg", "warm"], seeds=[3, 1])
     first, second = rows["fedavg"]

@@ -94,6 +94,7 @@ def test_after_one_round_the_estimate_is_retraining(tiny_root: Path, tmp_path: P
             torch.testing.assert_close(run.loop.state[name] + change, rest.loop.state[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.every
 def test_estimates_follow_retraining_on_a_convex_model(tiny_root: Path, tmp_path: Path, capsys: Any) -> None:
     settings = ["loop.rounds=6", "optimizer.lr=0.05", "callbacks.influence.samples=8"]
     run = trained(tiny_root, tmp_path / "all", *settings)

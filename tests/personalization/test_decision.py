@@ -118,6 +118,7 @@ class Outline(HTMLParser):
             assert self.open.pop() == tag
 
 
+@pytest.mark.every
 def test_the_page_stands_alone_and_says_what_the_results_say(personalized: Run) -> None:
     results, folder = personalized("personalization=[ft,lp_ft]", "epochs=4", "seeds=2")
     text = (folder / "report.html").read_text()

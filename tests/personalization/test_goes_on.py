@@ -62,6 +62,7 @@ def whole(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.every
 def test_the_same_command_goes_on_to_the_same_bits(
     whole: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,6 +67,7 @@ def test_bad_input(given: Any, words: str) -> None:
         Plan.of(given, [])
 
 
+@pytest.mark.every
 def test_the_un_tuned_model_scores_what_the_run_printed_of_unseen_clients(with_unseen: Path, tmp_path: Path) -> None:
     overrides = [f"checkpoint={with_unseen}", "personalization=[ft]", "newcomers={examples: [6,12,null], draws: 2}"]
     results = personalize(compose_personalization(*overrides, "seeds=2", "grid={lr: [0.0001, 0.1]}"), tmp_path / "run")

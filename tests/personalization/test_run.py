@@ -174,6 +174,7 @@ def test_what_is_left_behind(personalized: Run, trained: Path) -> None:
     assert {"matrix/ft.png", "gains/lp_ft.png", "epochs/strategies.png", "drop_against_distortion.png"} <= figures
 
 
+@pytest.mark.every
 def test_a_grid_runs_what_it_changes_and_flooding_is_compared(personalized: Run) -> None:
     results, folder = personalized("personalization=[ft]", "grid={flooding.level: [0.5, 1.0]}", "figures=true")
     names = ["none", "local", "ft level=0.5", "ft level=1.0"]

@@ -12,6 +12,7 @@ from fl_lightning.run.command_line import CONF
 from tests.scripts import call
 
 
+@pytest.mark.every
 def test_one_command_prints_the_table(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     quick = ["epochs=1", "lp_epochs=1", "figures=false"]

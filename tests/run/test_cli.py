@@ -24,6 +24,7 @@ def tiny(tiny_root: Path) -> list[str]:
     return ["data=folder", f"data.root={tiny_root}", "model=timm", "model.name=resnet10t"]
 
 
+@pytest.mark.every
 def test_a_run_leaves_what_scripts_rely_on_and_goes_on(
     tiny_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

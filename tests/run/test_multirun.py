@@ -12,6 +12,7 @@ from hydra.core.utils import JobReturn
 from tests.scripts import call
 
 
+@pytest.mark.every
 def test_a_sweep(
     tiny_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
