@@ -88,8 +88,12 @@ def shortened(script: str, arguments: str, place: Path, folder: Path) -> list[st
         key = word.partition("=")[0]
         if word in ("checkpoint=FOLDER", "model.name=FOLDER"):
             words.append(f"{key}={place / 'FOLDER'}")
-        elif word in ("trainer=gpu", "data.tokenizer=FOLDER") or key in ("hydra.run.dir", "data.unseen_clients"):
-            continue  # bytes are the folder's tokens; the test's clients have other names
+        elif word in ("trainer=gpu", "data.tokenizer=FOLDER") or key in (
+            "hydra.run.dir",
+            "data.unseen_clients",
+            "beside",
+        ):
+            continue  # bytes are the folder's tokens; the test's clients have other names, and there is one run
         else:
             words.append(f"{key}={known[key]}" if key in known else word.replace("=NAME", "=fedavg"))
     if "data=cifar10" in words:
@@ -97,7 +101,9 @@ def shortened(script: str, arguments: str, place: Path, folder: Path) -> list[st
     if "--help" in words or "resume=" in arguments:
         return words
     where = "hydra.sweep.dir" if "-m" in words else "hydra.run.dir"
-    return [*words, *SHORT[script], f"{where}={folder}"]
+    # FedRep's phases take eleven epochs.
+    short = [word for word in SHORT[script] if "method=fedrep" not in words or not word.startswith("trainer")]
+    return [*words, *short, f"{where}={folder}"]
 
 
 @pytest.mark.slow
@@ -109,8 +115,8 @@ def test_every_command_runs(
         pytest.skip("needs a cluster; tests/executors/test_ray_cluster.py starts one")
     if "executor=sites" in arguments:
         pytest.skip("waits for sites; tests/sites starts them")
-    if "DeviceMonitor" in arguments and not torch.cuda.is_available():
-        pytest.skip("watches a GPU")
+    if ("DeviceMonitor" in arguments or "executor.graph=true" in arguments) and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
     monkeypatch.syspath_prepend(place)
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     folder = tmp_path / "run"
