@@ -11,7 +11,7 @@ import fl_lightning.run.config  # noqa: F401 - registers the schema before Hydra
 from fl_lightning import files
 from fl_lightning.audit import refuse_mixed
 from fl_lightning.comparison.definition import Comparison
-from fl_lightning.comparison.runner import compare
+from fl_lightning.comparison.runner import answer, compare
 from fl_lightning.comparison.table import BEST, in_every_seed, over_seeds, read_runs
 from fl_lightning.evaluation.tables import latex_table, markdown_table
 
@@ -22,22 +22,17 @@ USAGE = """usage: python -m fl_lightning.compare COMPARISON|FILE.yaml [runs=NAME
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a file of ``conf/comparison``, or put finished runs into one table."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.exit(USAGE)
-    try:
-        if folders := [Path(argument) for argument in arguments if Path(argument).is_dir()]:
-            if "--mixed" not in arguments:
-                refuse_mixed(folders)
-            finished = read_runs(folders)
-            print(markdown_table([over_seeds(found) for found in finished.values()], best=BEST))
-            return
-        run(arguments)
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    answer(USAGE, _work, arguments)
+
+
+def _work(arguments: Sequence[str]) -> None:
+    if folders := [Path(argument) for argument in arguments if Path(argument).is_dir()]:
+        if "--mixed" not in arguments:
+            refuse_mixed(folders)
+        finished = read_runs(folders)
+        print(markdown_table([over_seeds(found) for found in finished.values()], best=BEST))
+        return
+    run(arguments)
 
 
 def run(arguments: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import fl_lightning.run.config  # noqa: F401 - registers the schema before Hydra composes
 from fl_lightning import files, personalization
 from fl_lightning.audit import read, refuse_mixed
-from fl_lightning.comparison.runner import run_once
+from fl_lightning.comparison.runner import answer, run_once
 from fl_lightning.evaluation.nested import Components, components
 from fl_lightning.evaluation.results import write_json
 from fl_lightning.evaluation.tables import markdown_table
@@ -36,19 +36,14 @@ partition, training, fine-tuning: the standard deviation that each adds to those
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make the runs, or read finished ones, and print the table."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.exit(USAGE)
-    try:
-        if all(Path(argument).is_dir() for argument in arguments):
-            print(table(read_runs([Path(argument) for argument in arguments])))
-        else:
-            run(arguments)
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    answer(USAGE, _work, arguments)
+
+
+def _work(arguments: Sequence[str]) -> None:
+    if all(Path(argument).is_dir() for argument in arguments):
+        print(table(read_runs([Path(argument) for argument in arguments])))
+    else:
+        run(arguments)
 
 
 def run(arguments: Sequence[str]) -> str:

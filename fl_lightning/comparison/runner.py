@@ -6,7 +6,7 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +22,26 @@ from fl_lightning.loop import DivergedError
 from fl_lightning.run import training
 from fl_lightning.run.config import plain
 from fl_lightning.run.folder import RunFolder
+
+
+def answer(usage: str, work: Callable[[Sequence[str]], object], arguments: Sequence[str] | None) -> None:
+    """Do what a command line says, or show its usage; errors and Ctrl-C end in a sentence.
+
+    Args:
+        usage: Shown where nothing, ``-h`` or ``--help`` is said.
+        work: Takes the words of the command line.
+        arguments: The words; None: those of this process.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.exit(usage)
+    try:
+        work(arguments)
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
 
 
 def compare(

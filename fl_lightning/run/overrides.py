@@ -65,8 +65,8 @@ def explain(error: Exception, name: str, arguments: Sequence[str]) -> str:
         if placed and isinstance(value, str | list):
             return f"{group} must be chosen in the group {placed[1]}; write '{placed[1]}@{override.input_line}'"
         # Hydra answers a group's null, 3 or true with a ValueError, [3] with a TypeError; ~group has no value.
-        chosen = value if isinstance(value, list) else [value]
-        nothing = any(isinstance(one, int | float | None) for one in chosen) and not override.is_delete()
+        options = value if isinstance(value, list) else [value]
+        nothing = any(isinstance(one, int | float | None) for one in options) and not override.is_delete()
         if (CONF / group).is_dir() and nothing:
             return _no_such_option(group, str(override.input_line).partition("=")[2])
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
