@@ -589,12 +589,16 @@ class SitesExecutor(Executor):
     def _begin(self, line: deque[Job], running: dict[str, Future[bytes]]) -> None:
         assert self.host is not None
         while line:
-            try:
-                running[line[0].site] = self.host.ask(line[0].site, line[0].reply or line[0].encode(line[0].full))
+            job = line[0]
+            request = job.reply or job.encode(job.full)
+            if len(request) <= self.max_bytes:
+                running[job.site] = self.host.ask(job.site, request)
                 return
-            except ValueError as error:  # too long a message
-                job = line.popleft()
-                job.error, job.ended = error, True
+            job.error = ValueError(
+                f"a message of {len(request)} bytes for site {job.site} is longer than executor.max_bytes="
+                f"{self.max_bytes}; raise it"
+            )
+            self._end(line)
 
     def _take(self, line: deque[Job], answer: bytes) -> None:
         """Take the answer to the first job of a line."""
@@ -630,8 +634,13 @@ class SitesExecutor(Executor):
             job.content = header, states
         except (MessageError, RuntimeError) as error:
             job.error = error
+        self._end(line)
+
+    @staticmethod
+    def _end(line: deque[Job]) -> None:
+        """Take the first job off a line; if it failed, with the one that it made ready for."""
+        job = line.popleft()
         job.ended = True
-        line.popleft()
         if job.error is not None and job.before is not None:
             job.before.error, job.before.ended = job.error, True
             line.remove(job.before)

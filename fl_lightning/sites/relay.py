@@ -165,7 +165,6 @@ class Relay:
     Args:
         sites: How many sites take part, or their names.
         patience: Seconds of silence after which a site is missing, at least 15.
-        max_bytes: The longest message.
 
     Raises:
         ValueError: If no framework has started this process.
@@ -174,7 +173,7 @@ class Relay:
     carrier: Carrier | None = None
     """What the framework does; set by :func:`run_command`."""
 
-    def __init__(self, sites: int | list[str], patience: float, max_bytes: int) -> None:
+    def __init__(self, sites: int | list[str], patience: float) -> None:
         if Relay.carrier is None:
             raise ValueError(
                 "executor=hosted must be started by NVFlare or Flower (docs/sites.md); take executor=sites without them"
@@ -183,7 +182,7 @@ class Relay:
             raise ValueError(f"executor.patience must be at least {3 * POLL:g} with executor=hosted, got {patience:g}")
         self._names = None if isinstance(sites, int) else list(sites)
         self._number = sites if isinstance(sites, int) else len(sites)
-        self._carrier, self._max_bytes = Relay.carrier, max_bytes
+        self._carrier = Relay.carrier
         self._there: list[str] = []
         self._gathered = 0
         self._heard: dict[str, float] = {}
@@ -213,16 +212,7 @@ class Relay:
         time.sleep(PAUSE)
 
     def ask(self, site: str, request: bytes) -> Future[bytes]:
-        """Send a request to a site, which answers one at a time.
-
-        Raises:
-            ValueError: If it is too long.
-        """
-        if len(request) > self._max_bytes:
-            raise ValueError(
-                f"a message of {len(request)} bytes for site {site} is longer than executor.max_bytes="
-                f"{self._max_bytes}; raise it"
-            )
+        """Send a request to a site, which answers one at a time."""
         self._tickets[site] = ticket = self._tickets.get(site, 0) + 1
         answer: Future[bytes] = Future()
         threading.Thread(target=self._fetch, args=(site, request, ticket, answer), daemon=True).start()

@@ -134,16 +134,7 @@ class SiteService:
             self._gathered = len(self._there)
 
     def ask(self, site: str, request: bytes) -> Future[bytes]:
-        """Send a request to a site, which answers one at a time.
-
-        Raises:
-            ValueError: If it is too long.
-        """
-        if len(request) > self.max_bytes:
-            raise ValueError(
-                f"a message of {len(request)} bytes for site {site} is longer than "
-                f"executor.max_bytes={self.max_bytes}; raise it"
-            )
+        """Send a request to a site, which answers one at a time."""
         with self._change:
             seat = self.seats[site]
             seat.ticket += 1

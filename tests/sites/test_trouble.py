@@ -235,6 +235,13 @@ def test_sites_that_do_not_go_together(
     assert [words_at_site in str(thread.error) for thread in threads].count(True) == 1
 
 
+@pytest.mark.every
+def test_a_model_that_is_too_long_a_message_ends_the_run_in_a_sentence(tiny_root: Path, tmp_path: Path) -> None:
+    port, words = free_port(), r"message of \d+ bytes for site ann is longer than executor.max_bytes=2000; raise it"
+    with sites(port, tiny_root, tmp_path / "sites", ["ann"]), pytest.raises(ValueError, match=words):
+        run_at_sites(tiny_root, tmp_path / "server", port, "executor.max_bytes=2000", number=1)
+
+
 def test_what_a_site_may_not_say(tiny_root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="method is the server's to say; a site says where its data are"):
         Site("ann", tmp_path, ["method=fedper"])
