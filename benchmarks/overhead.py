@@ -38,7 +38,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print(circumstances())
     print("processor time" if arguments.cpu else "wall time", end="; ")
-    print("one worker, one thread; ratio of medians to the bare loop (middle half of the ratios of neighbours)")
+    print("one worker, one thread; median of the ratios to the bare loop just before (middle half of them)")
     for workload in (W1, W2):
         if workload.name not in arguments.workloads:
             continue

@@ -43,16 +43,21 @@ def interleaved(
     return seconds
 
 
+def ratios(seconds: Mapping[str, list[float]], name: str, base: str = "bare") -> list[float]:
+    """What one took over what another took just before or after, for each repeat, in order of size."""
+    return sorted(one / other for one, other in zip(seconds[name], seconds[base], strict=True))
+
+
 def ratio(seconds: Mapping[str, list[float]], name: str, base: str = "bare") -> float:
-    """The median of one over the median of another."""
-    return statistics.median(seconds[name]) / statistics.median(seconds[base])
+    """The median of the ratios of neighbouring calls: a machine that slows down slows both."""
+    return statistics.median(ratios(seconds, name, base))
 
 
 def spread(seconds: Mapping[str, list[float]], name: str, base: str = "bare") -> str:
     """The middle half of the ratios of neighbouring calls, as text."""
-    ratios = sorted(one / other for one, other in zip(seconds[name], seconds[base], strict=True))
-    quarter = len(ratios) // 4
-    return f"{ratios[quarter]:.2f}-{ratios[-1 - quarter]:.2f}"
+    found = ratios(seconds, name, base)
+    quarter = len(found) // 4
+    return f"{found[quarter]:.2f}-{found[-1 - quarter]:.2f}"
 
 
 def circumstances() -> str:
