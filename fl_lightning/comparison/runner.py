@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import sys
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -74,17 +75,29 @@ def compare(
     comparison.check()
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     chosen: dict[str, list[str]] = {}
-    todo = [(seed, name) for seed in seeds for name in names]
-    for number, (seed, name) in enumerate(todo):
-        print(f"[{number + 1}/{len(todo)}] {name}, seed {seed}", file=sys.stderr, flush=True)
+    todo = deque((seed, name) for seed in seeds for name in names)
+    done = 0
+    while todo:
+        seed, name = todo.popleft()
+        print(f"[{done + 1}/{done + 1 + len(todo)}] {name}, seed {seed}", file=sys.stderr, flush=True)
         if name not in chosen:
-            found = tune(comparison, name, overrides, seeds[0])
+            found = tune(comparison, name, overrides, seeds)
             if found is None:
                 break
             chosen[name] = found
         cfg, folder = comparison.configuration(name, [*overrides, *chosen[name]], seed), comparison.place(seed) / name
         own = comparison.personalization(cfg, folder, personalize) if comparison.personalize else None
-        results = run_once(cfg, folder)
+        try:
+            results = run_once(cfg, folder)
+        except DivergedError as error:
+            if len(comparison.candidates(name)) == 1:
+                raise
+            print(f"  {' '.join(chosen[name])} is out for all seeds: {error}", file=sys.stderr, flush=True)
+            leave_out(comparison, name, chosen.pop(name), seed, seeds)
+            again = seeds[: seeds.index(seed) + 1]
+            todo.extendleft((earlier, name) for earlier in reversed(again))
+            rows[name], done = [], done - len(again) + 1
+            continue
         if not results:
             break
         if own is not None:
@@ -92,13 +105,15 @@ def compare(
             run_once(own, comparison.personalized(seed) / name, personalization)
         tuned = {"chosen": " ".join(short(chosen[name]))} if comparison.grids else {}
         rows[name].append(row(name, results) | tuned)
+        done += 1
     return rows
 
 
-def tune(comparison: Comparison, name: str, overrides: Sequence[str], seed: int) -> list[str] | None:
-    """Return the combination of a run's grid that validates best; None if a run was stopped.
+def tune(comparison: Comparison, name: str, overrides: Sequence[str], seeds: Sequence[int]) -> list[str] | None:
+    """Return the combination of a run's grid that validates best in the first seed; None if a run was stopped.
 
-    A personal method is chosen by its personal models, any other by its global one. A combination that diverges is out.
+    A personal method is chosen by its personal models, any other by its global one. A combination that diverges, in
+    this seed or, when it was taken there, in another, is out.
 
     Raises:
         ValueError: If no combination has a validation score.
@@ -107,11 +122,15 @@ def tune(comparison: Comparison, name: str, overrides: Sequence[str], seed: int)
     if len(candidates) == 1:
         return candidates[0]
     scores: list[float] = []
-    folders = [comparison.place(seed) / "tuning" / name / slug(candidate) for candidate in candidates]
-    for candidate, folder in zip(candidates, folders, strict=True):
+    first = comparison.place(seeds[0])
+    for candidate in candidates:
+        if any(tuning(comparison, seed, name, candidate).exists() for seed in seeds[1:]):
+            scores.append(math.nan)
+            continue
         print(f"  tuning {name}: {' '.join(candidate)}", file=sys.stderr, flush=True)
         try:
-            results = run_once(comparison.configuration(name, [*overrides, *candidate], seed), folder)
+            cfg = comparison.configuration(name, [*overrides, *candidate], seeds[0])
+            results = run_once(cfg, tuning(comparison, seeds[0], name, candidate))
         except DivergedError:
             scores.append(math.nan)
             continue
@@ -120,10 +139,25 @@ def tune(comparison: Comparison, name: str, overrides: Sequence[str], seed: int)
         scores.append(validation_score(results))
     if all(math.isnan(score) for score in scores):
         raise ValueError(f"{name} has no validation score to choose by: all of its {len(scores)} combinations diverged")
-    best = max(range(len(scores)), key=lambda i: -math.inf if math.isnan(scores[i]) else scores[i])
-    if not (kept := comparison.place(seed) / name).exists():
-        shutil.copytree(folders[best], kept)  # the chosen run is this seed's
-    return candidates[best]
+    best = candidates[max(range(len(scores)), key=lambda i: -math.inf if math.isnan(scores[i]) else scores[i])]
+    if not (kept := first / name).exists():
+        shutil.copytree(tuning(comparison, seeds[0], name, best), kept)  # the chosen run is this seed's
+    return best
+
+
+def tuning(comparison: Comparison, seed: int, name: str, candidate: Sequence[str]) -> Path:
+    """Return the folder of a combination; of later seeds only those that diverged have one."""
+    return comparison.place(seed) / "tuning" / name / slug(candidate)
+
+
+def leave_out(comparison: Comparison, name: str, candidate: Sequence[str], seed: int, seeds: Sequence[int]) -> None:
+    """Put a run that diverged beside those of tuning, and remove what the seeds before made of the same combination."""
+    kept = tuning(comparison, seed, name, candidate)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    (comparison.place(seed) / name).rename(kept)
+    for earlier in seeds[: seeds.index(seed)]:
+        shutil.rmtree(comparison.place(earlier) / name)
+        shutil.rmtree(comparison.personalized(earlier) / name, ignore_errors=True)
 
 
 def slug(candidate: Sequence[str]) -> str:

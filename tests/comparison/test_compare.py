@@ -2,16 +2,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from omegaconf import DictConfig
 
 from fl_lightning.compare import main
 from fl_lightning.comparison.definition import Comparison
 from fl_lightning.comparison.runner import compare, validation_score
 from fl_lightning.comparison.table import in_every_seed, over_seeds, read_runs
 from fl_lightning.evaluation.results import read_json
+from fl_lightning.loop import DivergedError
+from fl_lightning.run import training
 from fl_lightning.run.command_line import CONF
 from fl_lightning.run.config import check
 
@@ -114,6 +119,30 @@ def test_a_grid_is_tried_with_the_first_seed_and_chosen_by_validation(tiny: Comp
     assert read_json(tiny.place(1) / "fedavg" / "results.json") == values["0.1"]
     assert read_json(tiny.place(2) / "fedavg" / "results.json")["seed"] == 2
     assert not (tiny.place(2) / "tuning").exists()
+
+
+@pytest.mark.every
+def test_a_combination_that_diverges_in_a_later_seed_is_out_for_all(
+    tiny: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grids = {"fedavg": {"optimizer.lr": [0.1, 0.0001]}}
+    two = replace(tiny, grids=grids, runs={"fedavg": []})
+    train = training.run
+
+    def run(cfg: DictConfig, path: Path) -> Mapping[str, Any]:
+        if cfg.seed == 3 and cfg.optimizer.lr == 0.1:
+            (path / "train.log").write_text("as far as it came")
+            raise DivergedError("round 1: the mean holds NaN")
+        return train(cfg, path)
+
+    monkeypatch.setattr(training, "run", run)
+    rows = compare(two, ["fedavg"], [], [1, 2, 3])["fedavg"]
+    assert [row["chosen"] for row in rows] == ["lr=0.0001"] * 3
+    assert [read_json(two.place(seed) / "fedavg" / "results.json")["seed"] for seed in (1, 2, 3)] == [1, 2, 3]
+    assert compare(two, ["fedavg"], [], [1, 2, 3])["fedavg"] == rows  # remembered, not tried again
+    grids["fedavg"] = {"optimizer.lr": [0.1]}
+    with pytest.raises(DivergedError):
+        compare(replace(two, folder=two.folder + "_one"), ["fedavg"], [], [3])
 
 
 def test_every_run_is_tuned_alike() -> None:
