@@ -29,9 +29,6 @@ class Without(nn.Module):
     Args:
         whole: The module.
         path: Of the part, such as ``fc`` or ``net.head``; empty: nothing is left out.
-
-    Raises:
-        ValueError: If there is no such part.
     """
 
     def __init__(self, whole: nn.Module, path: str) -> None:
@@ -181,9 +178,6 @@ class AdaptedModule(FederatedModule):
             step: ``validation_step`` or ``test_step``.
             batch: Where the module is.
             index: Of the batch.
-
-        Raises:
-            ValueError: If the module has no such step, or logs something that is no number.
         """
         whole, found = self.whole, {}
 
@@ -210,11 +204,7 @@ class AdaptedModule(FederatedModule):
         return found
 
     def try_step(self, batch: Any) -> None:
-        """Fit a copy to one batch, so that what cannot work is found before the first round.
-
-        Raises:
-            ValueError: If the step fails, or has no loss.
-        """
+        """Fit a copy to one batch, so that what cannot work is found before the first round."""
         name = type(self.whole).__name__
         trial = copy.deepcopy(self)
         outputs: list[Any] = []

@@ -67,12 +67,7 @@ class Run:
 
 
 def read(folder: Path) -> Run:
-    """Read a run.
-
-    Raises:
-        FileNotFoundError: If the folder holds no finished run.
-        ValueError: If a file of it is damaged.
-    """
+    """Read a run."""
     run = RunFolder(folder)
     config = run.read_config()
     if not run.results.is_file():
@@ -151,11 +146,7 @@ def chosen_on(run: Run) -> str:
 
 
 def refuse_mixed(folders: Sequence[Path]) -> None:
-    """Refuse runs that do not compare.
-
-    Raises:
-        ValueError: If they differ in something grave, naming all of it.
-    """
+    """Refuse runs that do not compare."""
     grave = [finding for finding in audit([read(folder) for folder in folders]) if finding.grave]
     if grave:
         words = "\n".join(f"  {finding}" for finding in grave)

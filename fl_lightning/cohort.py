@@ -41,11 +41,7 @@ class Cohort:
         self.availability = availability
 
     def size(self, num_clients: int) -> int:
-        """Return how many clients a round asks for.
-
-        Raises:
-            ValueError: If the federation has fewer clients than ``number`` or ``minimum``.
-        """
+        """Return how many clients a round asks for."""
         for key, value in (("number", self.number), ("minimum", self.minimum)):
             if value is not None and value > num_clients:
                 raise ValueError(f"cohort.{key} asks for {value} clients a round, but the federation has {num_clients}")

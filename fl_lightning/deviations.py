@@ -51,9 +51,6 @@ def run(arguments: Sequence[str]) -> str:
 
     Args:
         arguments: The words of the command line.
-
-    Raises:
-        ValueError: If ``folder`` is missing, or a number is none.
     """
     options = {"folder": "", "partitions": "1,2,3", "trainings": "1,2", "tunings": "2"}
     overrides, tuned = [], []
@@ -107,9 +104,6 @@ def read_runs(folders: Sequence[Path]) -> dict[str, dict[str, Components]]:
 
     Returns:
         By strategy, and by ``<strategy> - none``, the components of each of :data:`METRICS`.
-
-    Raises:
-        ValueError: If the runs are of something else, or partitions have unlike numbers of trainings.
     """
     runs = [read(folder) for folder in folders]
     refuse_mixed_personalizations(folders)

@@ -108,12 +108,7 @@ class FederatedLoop:
         self._is_open = False
 
     def add_callback(self, name: str, callback: Callback) -> None:
-        """Add a plug-in behind those that are there.
-
-        Raises:
-            ValueError: If the name is taken, or a hook of a `FederatedCallback` has a name that nobody calls.
-            TypeError: If it is no Lightning callback.
-        """
+        """Add a plug-in behind those that are there."""
         if name in self.callbacks:
             raise ValueError(f"there are two callbacks named {name!r}; give one another name")
         if not isinstance(callback, Callback):

@@ -161,9 +161,6 @@ class FederatedModule(LightningModule):
 
         Args:
             state: All tensors named by :attr:`global_names`, or those of backbone and head.
-
-        Raises:
-            ValueError: If names or shapes differ.
         """
         tensors = self.state_dict()
         own = {name: tensors[name] for name in self.global_names}

@@ -27,9 +27,6 @@ class Run:
 
     Args:
         folder: The run folder.
-
-    Raises:
-        FileNotFoundError: If it holds no finished run.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -154,10 +151,6 @@ def run_script(name: str, given: Sequence[str], folder: str | Path | None = None
 
     Returns:
         The run folder.
-
-    Raises:
-        ValueError: If anything that was given cannot work; before any training.
-        KeyboardInterrupt: If it was stopped; ``resume=folder`` goes on.
     """
     chosen = [*given, *([f"hydra.run.dir={_value(folder)}"] if folder is not None else [])]
     words = with_resume(chosen)

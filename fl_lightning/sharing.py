@@ -38,9 +38,6 @@ class Sharing:
             start (the weights that adapters stand beside) are fixed without a pattern.
         merged: Shell patterns of parameters that are frozen from the start and that the server changes all the same,
             since it merges adapters into them. They are shared; how their changes travel is the method's.
-
-    Raises:
-        ValueError: If ``buffers`` is none of the three.
     """
 
     def __init__(
@@ -69,9 +66,6 @@ class Sharing:
         Args:
             module: The model.
             client: The client; ``None`` asks for the union over all clients, which the server holds.
-
-        Raises:
-            ValueError: If a pattern fits no tensor.
         """
         known, found = self._names
         if known is None or known() is not module:
@@ -101,11 +95,7 @@ class Sharing:
         return patterned | self.base_names(module)
 
     def base_names(self, module: nn.Module) -> set[str]:
-        """Return the names of the parameters that are frozen from the start, and that the server leaves alone too.
-
-        Raises:
-            ValueError: If a pattern of ``merged`` fits none that are frozen.
-        """
+        """Return the names of the parameters that are frozen from the start, and that the server leaves alone too."""
         base: set[str] = set(getattr(module, "base_names", ()))
         if not self.merged:
             return base

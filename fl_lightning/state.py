@@ -214,11 +214,7 @@ def without_prefix(prefix: str, state: Mapping[str, Tensor]) -> State:
 
 
 def load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy tensors into a module in place; parameters keep their identity, so optimizers and references stay valid.
-
-    Raises:
-        ValueError: If a name or a shape is not the module's, or a tensor of the module is missing.
-    """
+    """Copy tensors into a module in place; parameters keep their identity, so optimizers and references stay valid."""
     overwrite(module.state_dict(), state)
 
 
@@ -228,9 +224,6 @@ def overwrite(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     Args:
         own: What is written to, on any device.
         state: What is written, on any device.
-
-    Raises:
-        ValueError: If names or shapes differ.
     """
     if own.keys() != state.keys():
         raise ValueError(f"the state does not fit the model: {difference(state, own)}")

@@ -89,11 +89,7 @@ class FederatedEvaluation(FederatedCallback):
             log.warning("no client has validation data, so the last model is kept; set data.val_fraction above 0")
 
     def choose_metric(self, metrics: Metrics, num_classes: int) -> None:
-        """Settle which metric chooses, and which of its values are better.
-
-        Raises:
-            ValueError: If it is none of the run's, or ``mode`` would keep the worst model.
-        """
+        """Settle which metric chooses, and which of its values are better."""
         self.metric = self.metric or metrics.names[0]
         if self.metric not in metrics.names:
             known = dict.fromkeys((*metrics.names, *metrics.task.metrics))

@@ -65,9 +65,6 @@ class FreezeSchedule(FederatedCallback):
     Args:
         phases: What trains, one phase after another; each a mapping with the arguments of :class:`Phase`. Their lengths
             must add up to the length of the fit.
-
-    Raises:
-        ValueError: If a phase is not sound, or more than one takes the rest.
     """
 
     def __init__(self, phases: Sequence[Mapping[str, Any] | Phase]) -> None:

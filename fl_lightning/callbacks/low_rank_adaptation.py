@@ -26,10 +26,6 @@ class LowRankAdaptation(FederatedCallback):
         dropout: The same.
         targets: The same.
         dora: The same.
-
-    Raises:
-        ValueError: If an argument is out of its range, or the backbone has no such layers.
-        ImportError: If ``peft`` is not installed.
     """
 
     def __init__(

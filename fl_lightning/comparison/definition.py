@@ -67,12 +67,7 @@ class Comparison:
 
     @staticmethod
     def read(name: str) -> Comparison:
-        """Read ``conf/comparison/<name>.yaml``, or the file of one's own that a name ending in ``.yaml`` is.
-
-        Raises:
-            FileNotFoundError: If there is none.
-            ValueError: If it holds anything but the attributes above.
-        """
+        """Read ``conf/comparison/<name>.yaml``, or the file of one's own that a name ending in ``.yaml`` is."""
         try:
             merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Comparison), _content(name)))
         except OmegaConfBaseException as error:
@@ -132,12 +127,7 @@ class Comparison:
         ]
 
     def check(self) -> None:
-        """Check what would fail only after hours of training.
-
-        Raises:
-            ValueError: If a grid is of a run that is not there, runs have unlike numbers of combinations, or the
-                published rows name a column that the table has not.
-        """
+        """Check what would fail only after hours of training."""
         if unknown := [name for name in self.grids if name not in self.runs]:
             raise ValueError(f"grids must be of runs, got {', '.join(unknown)}; there are {', '.join(self.runs)}")
         sizes = {name: len(self.candidates(name)) for name in self.runs}

@@ -63,10 +63,6 @@ def compare(
 
     Returns:
         By name a row for each seed; fewer rows if a run was stopped.
-
-    Raises:
-        ValueError: If a name is none of the runs, no seed or a seed twice is given, or a folder holds a run with other
-            settings.
     """
     if unknown := [name for name in names if name not in comparison.runs]:
         raise ValueError(f"there is no run {', '.join(unknown)}; there are {', '.join(comparison.runs)}")
@@ -114,9 +110,6 @@ def tune(comparison: Comparison, name: str, overrides: Sequence[str], seeds: Seq
 
     A personal method is chosen by its personal models, any other by its global one. A combination that diverges, in
     this seed or, when it was taken there, in another, is out.
-
-    Raises:
-        ValueError: If no combination has a validation score.
     """
     candidates = comparison.candidates(name)
     if len(candidates) == 1:
@@ -175,11 +168,7 @@ def short(words: Sequence[str]) -> list[str]:
 
 
 def validation_score(results: Mapping[str, Any]) -> float:
-    """Return what validation says of a run's own kind of model; larger is better.
-
-    Raises:
-        ValueError: If the clients have no validation data.
-    """
+    """Return what validation says of a run's own kind of model; larger is better."""
     found = results["validation"].get("personal") or results["validation"].get("global")
     if found is None:
         raise ValueError("grids need validation data, but the clients have none; set data.val_fraction")
@@ -193,9 +182,6 @@ def run_once(cfg: DictConfig, path: Path, work: ModuleType = training) -> Mappin
         cfg: Its configuration.
         path: Its folder.
         work: What runs it: the module behind ``train.py`` or ``personalize.py``.
-
-    Raises:
-        ValueError: If the folder holds a run with other settings.
     """
     folder = RunFolder(path)
     if not folder.results.exists():

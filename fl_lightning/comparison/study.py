@@ -83,9 +83,6 @@ def report(federations: Sequence[Federation], comparison: Comparison, folder: Pa
 
     Returns:
         What is written to ``results.json``: by run the values of each federation, and what was tested.
-
-    Raises:
-        ValueError: If a column is of something that is not measured.
     """
     by_run: dict[str, list[Federation]] = {}
     for one in federations:
@@ -157,11 +154,7 @@ def settings_of(values: Values) -> dict[str, str]:
 
 
 def rows_of(values: Values, comparison: Comparison) -> list[dict[str, Any]]:
-    """Return a row for each strategy: each column as measured here and, where there is one, as published.
-
-    Raises:
-        ValueError: If a column is of something that is not measured.
-    """
+    """Return a row for each strategy: each column as measured here and, where there is one, as published."""
     rows = []
     for strategy, by_metric in values.items():
         row: dict[str, Any] = {"strategy": strategy}

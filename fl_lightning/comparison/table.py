@@ -48,10 +48,6 @@ def read_runs(folders: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
 
     Returns:
         By name a row for each seed. The name is the method with the overrides that not all of the runs have.
-
-    Raises:
-        FileNotFoundError: If a folder holds no finished run.
-        ValueError: If two runs differ in nothing, or their metrics differ.
     """
     found = []
     for path in folders:

@@ -72,11 +72,7 @@ def read_image(path: Path | str, channels: int, image_size: int, fit: Fit = "cro
 
 
 def check_image(path: Path | str) -> None:
-    """Raise unless a file seems to be a whole image, without decoding it where its format says where it ends.
-
-    Raises:
-        ValueError: If it is truncated or not an image.
-    """
+    """Raise unless a file seems to be a whole image, without decoding it where its format says where it ends."""
     try:
         with Image.open(path) as file:
             if file.format == "PNG":
@@ -124,10 +120,6 @@ class ImageFiles:
         image_size: Height and width to which each image is brought, in pixels.
         fit: See :func:`read_image`.
         num_workers: Processes that decode the images of a batch; 0 decodes in this one.
-
-    Raises:
-        ValueError: If the numbers of paths and labels differ, or an argument is out of range.
-        FileNotFoundError: If a file is missing.
     """
 
     def __init__(

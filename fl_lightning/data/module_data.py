@@ -190,9 +190,6 @@ class Pairs:
 
     Args:
         loader: A loader, or None for no batch.
-
-    Raises:
-        ValueError: When a batch has no targets.
     """
 
     def __init__(self, loader: Any) -> None:
@@ -207,11 +204,7 @@ class Pairs:
 
 
 def pair_of(batch: Any) -> tuple[Any, Tensor]:
-    """Divide a batch into inputs and targets.
-
-    Raises:
-        ValueError: If it is neither a pair nor a dict with targets.
-    """
+    """Divide a batch into inputs and targets."""
     if isinstance(batch, Mapping):
         for key in TARGETS:
             if key in batch:

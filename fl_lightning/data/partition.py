@@ -113,12 +113,7 @@ class Partition:
 
     @classmethod
     def load(cls, path: str | Path) -> Partition:
-        """Read a partition file.
-
-        Raises:
-            FileNotFoundError: If there is none.
-            ValueError: If it is damaged, foreign or changed.
-        """
+        """Read a partition file."""
         try:
             text = Path(path).read_text(encoding="utf-8")
         except FileNotFoundError:

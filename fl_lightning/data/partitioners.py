@@ -40,9 +40,6 @@ class Partitioner(ABC):
 
         Returns:
             One array of positions per client, ascending, pairwise disjoint.
-
-        Raises:
-            ValueError: If the minimum size cannot be had.
         """
         at_least("num_clients", num_clients, 1)
         if num_clients * self.min_size > len(labels):

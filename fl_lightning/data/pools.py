@@ -24,10 +24,6 @@ class Pool:
     Args:
         examples: (N, ...).
         labels: The classes, int64 (N,), or other targets: masks int64 (N, H, W), numbers or labels float32 (N, D).
-
-    Raises:
-        TypeError: If the labels are neither int64 nor float32.
-        ValueError: If there is not one label per example.
     """
 
     what: ClassVar[str] = "examples"
@@ -101,12 +97,7 @@ class Pool:
 
 
 class ImagePool(Pool):
-    """Images, uint8 (N, C, H, W), H equal to W, and their classes.
-
-    Raises:
-        TypeError: If a dtype is another.
-        ValueError: If the shapes do not fit together.
-    """
+    """Images, uint8 (N, C, H, W), H equal to W, and their classes."""
 
     what, dtype, dimensions = "images", torch.uint8, "(N, C, H, W)"
 
@@ -117,12 +108,7 @@ class ImagePool(Pool):
 
 
 class TablePool(Pool):
-    """Rows of numbers, float32 (N, F), and their targets.
-
-    Raises:
-        TypeError: If a dtype is another.
-        ValueError: If the shapes do not fit together.
-    """
+    """Rows of numbers, float32 (N, F), and their targets."""
 
     what, dtype, dimensions = "rows", torch.float32, "(N, F)"
 
@@ -133,12 +119,7 @@ class TablePool(Pool):
 
 
 class TokenPool(Pool):
-    """Token sequences, int32 (N, T), and the token that follows each.
-
-    Raises:
-        TypeError: If a dtype is another.
-        ValueError: If the shapes do not fit together.
-    """
+    """Token sequences, int32 (N, T), and the token that follows each."""
 
     what, dtype, dimensions = "tokens", torch.int32, "(N, T)"
 
@@ -147,10 +128,6 @@ class SequencePool(TokenPool):
     """Token sequences, int32 (N, T), and a target for each token, int64 (N, T), of which those below 0 do not count.
 
     The label of an example, by which clients' parts are counted and divided, is its last target that counts.
-
-    Raises:
-        TypeError: If a dtype is another.
-        ValueError: If the shapes do not fit together.
     """
 
     def __init__(self, tokens: Tensor, targets: Tensor) -> None:

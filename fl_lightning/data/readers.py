@@ -29,12 +29,7 @@ _CHUNK = 1024  # images resized at a time: resizing works in floats, four times 
 
 
 def read_npz(path: Path | str) -> dict[str, NDArray[Any]]:
-    """Read ``x_train, y_train, x_test, y_test``, and ``x_val, y_val`` if there are, from an ``.npz`` file.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is truncated, holds pickled objects, or lacks an array.
-    """
+    """Read ``x_train, y_train, x_test, y_test``, and ``x_val, y_val`` if there are, from an ``.npz`` file."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file '{path}'; it must hold the arrays {', '.join(ARRAY_NAMES)}.")
@@ -69,10 +64,6 @@ def read_train_test_npz(
         num_classes: What labels must be below, if known.
         channels: 1 or 3; ``None`` keeps what there is.
         resize: Height and width in pixels; ``None`` keeps what there is.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not as described, naming the array.
     """
     arrays = read_npz(path)
     parts: dict[str, Tensor] = {}
@@ -103,10 +94,6 @@ def image_tensor(array: NDArray[Any], where: str, channels: int | None = None, r
 
     Returns:
         uint8, (N, C, H, W), contiguous.
-
-    Raises:
-        TypeError: If it is not uint8.
-        ValueError: If the shape is not that of images, or colour would have to become grey.
     """
     if array.dtype != np.uint8:
         raise TypeError(f"{where} must be images of dtype uint8 with values 0 to 255, got {array.dtype}.")
@@ -147,10 +134,6 @@ def label_tensor(array: NDArray[Any], num_images: int, where: str, num_classes: 
 
     Returns:
         int64, (N,).
-
-    Raises:
-        TypeError: If they are not integers.
-        ValueError: If there is not one per image, or one lies outside the classes.
     """
     if not np.issubdtype(array.dtype, np.integer):
         raise TypeError(f"{where} must be whole numbers, got {array.dtype}.")
@@ -224,11 +207,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def read_pickled_arrays(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Read a file that holds one pair of numeric arrays, such as (images, labels).
-
-    Raises:
-        ValueError: If it is truncated, or holds anything else.
-    """
+    """Read a file that holds one pair of numeric arrays, such as (images, labels)."""
     try:
         with open(path, "rb") as file:
             content = _ArrayUnpickler(file).load()

@@ -41,11 +41,7 @@ class ClientIndices:
     unseen: bool = False
 
     def indices(self, split: Split) -> Tensor:
-        """The indices of one split; empty where there is no validation split.
-
-        Raises:
-            ValueError: If there is no such split.
-        """
+        """The indices of one split; empty where there is no validation split."""
         if split == "train":
             return self.train
         if split == "test":

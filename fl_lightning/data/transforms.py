@@ -72,9 +72,6 @@ class RandomHorizontalFlip(PerImageTransform):
 
     Args:
         probability: In [0, 1].
-
-    Raises:
-        ValueError: If ``probability`` lies outside.
     """
 
     def __init__(self, probability: float = 0.5) -> None:

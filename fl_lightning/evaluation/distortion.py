@@ -26,9 +26,6 @@ def mean_distance(first: Tensor, second: Tensor) -> float:
 
     Returns:
         At least 0; 0 if and only if the features are the same; NaN without examples.
-
-    Raises:
-        ValueError: If the shapes differ.
     """
     if first.shape != second.shape:
         raise ValueError(
@@ -47,9 +44,6 @@ def weight_norm(tensors: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]) ->
 
     Args:
         tensors: Names and tensors, such as ``module.head.named_parameters()`` or a state.
-
-    Raises:
-        ValueError: If there is no matrix among them.
     """
     pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
     squares = [tensor.detach().double().square().sum() for _, tensor in pairs if tensor.ndim >= 2]

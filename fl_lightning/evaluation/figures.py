@@ -99,9 +99,6 @@ def draw_partition(
         classes: Names.
         style: ``"bubbles"``, whose areas are the counts, or stacked ``"bars"``. Default: bubbles up to 20 classes and
             60 clients, else bars.
-
-    Raises:
-        ValueError: If the names do not fit the counts.
     """
     table = _table(counts, clients, classes)
     if style is None:

@@ -23,11 +23,7 @@ from fl_lightning.evaluation.summary import mean, present, worst, worst_k
 
 
 def change(values: Sequence[float], baseline: Sequence[float]) -> NDArray[np.float64]:
-    """What each client gains (positive) or loses (negative) against a baseline; NaN where either has no value.
-
-    Raises:
-        ValueError: If the numbers of clients differ.
-    """
+    """What each client gains (positive) or loses (negative) against a baseline; NaN where either has no value."""
     first, second = np.asarray(values, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
     if first.shape != second.shape or first.ndim != 1:
         raise ValueError(f"Expected the same clients in both, but got {first.size} and {second.size} values.")

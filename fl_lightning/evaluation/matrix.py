@@ -128,9 +128,6 @@ class AccuracyMatrix:
         num_test: The number of test examples of each client, at least 0.
         names: The clients' names. Default: their numbers.
         higher_is_better: False for a loss: then the worst is the highest.
-
-    Raises:
-        ValueError: If the shapes do not fit.
     """
 
     values: Matrix
@@ -158,9 +155,6 @@ class AccuracyMatrix:
         Args:
             name: The metric.
             weighted: Whether clients count their numbers of test examples, instead of each the same.
-
-        Raises:
-            ValueError: If there is no such metric.
         """
         if name not in METRICS:
             raise ValueError(f"Expected one of the metrics {', '.join(METRICS)}, but got {name!r}.")

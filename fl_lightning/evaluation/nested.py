@@ -36,9 +36,6 @@ def components(values: ArrayLike) -> Components:
     The estimator of the analysis of variance for balanced nested designs: each mean square minus the one below it, over
     the number of values that it is a mean of, and 0 where that is negative. Searle, Casella, McCulloch, Variance
     Components, 1992, section 3.5, https://doi.org/10.1002/9780470316856.
-
-    Raises:
-        ValueError: If the values have no three dimensions.
     """
     table = np.asarray(values, dtype=np.float64)
     if table.ndim != 3 or not table.size:

@@ -72,9 +72,6 @@ def predict(forward: Forward, batches: Iterable[Batch]) -> Batch:
 
     Returns:
         All outputs in float32 and all targets, on the module's device, in the order of the batches.
-
-    Raises:
-        ValueError: If there is no batch.
     """
     outputs, targets = [], []
     with evaluating(forward) as module:
@@ -112,11 +109,7 @@ class Logged:
         self.mode = mode
 
     def of_batches(self, forward: Forward, batches: Iterable[Batch], split: Split) -> tuple[float, float]:
-        """Return the sum over examples, and their number.
-
-        Raises:
-            ValueError: If the module is no LightningModule of one's own, or logs no number of this name.
-        """
+        """Return the sum over examples, and their number."""
         owner = forward if isinstance(forward, nn.Module) else getattr(forward, "__self__", None)
         step = getattr(owner, "logged_in", None)
         if step is None:
@@ -148,9 +141,6 @@ class Metrics:
             :class:`Logged`, or None for the metric that the task has under this name. Default: the task's own; of
             classes ``accuracy``, the share of examples that are right, and ``loss``, their mean cross-entropy in nats.
         task: What the model is trained for.
-
-    Raises:
-        ValueError: If the task has no metric of a name.
     """
 
     def __init__(
@@ -213,9 +203,6 @@ class Metrics:
         Returns:
             The metrics by name, NaN where there is no example; the sums that form them over several clients; the counts
             int64 (true class, predicted class), or None.
-
-        Raises:
-            ValueError: If a metric computes more than one number.
         """
         chosen = self.names if names is None else tuple(names)
         confusion = confusion and self.task.has_classes
@@ -404,11 +391,7 @@ def batches_of(data: Any, split: Split) -> Iterable[Batch]:
 
 
 def one_number(name: str, metric: Metric) -> float:
-    """Return what a metric computes.
-
-    Raises:
-        ValueError: If it is not one number.
-    """
+    """Return what a metric computes."""
     value = metric.compute()
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise ValueError(

@@ -25,20 +25,13 @@ def build_personalization_results(
         methods: For each strategy its metrics by name (``local``, ``global_others``, ``feature_distortion``, ...).
         seeds: The seeds that the metrics are means over.
         extra: Further entries.
-
-    Raises:
-        ValueError: If ``extra`` has a key that is taken.
     """
     by_method = {name: dict(values) for name, values in methods.items()}
     return merge({"seeds": list(seeds), "methods": by_method}, extra or {})
 
 
 def merge(results: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Both dicts in one.
-
-    Raises:
-        ValueError: If they share a key.
-    """
+    """Both dicts in one."""
     taken = sorted(set(results) & set(extra))
     if taken:
         raise ValueError(f"Expected `extra` to have new keys only, but {taken} are taken. Give them other names.")
@@ -63,12 +56,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is not JSON, naming the file.
-    """
+    """Read a JSON object from a file."""
     try:
         content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -87,9 +75,6 @@ class MetricsTable:
         path: The file.
         rows: What it holds; None: what is there is read. A run that goes on gives the rounds of its checkpoint.
         key: The column that counts up, first in the file.
-
-    Raises:
-        ValueError: If the file is read and does not begin with the ``key`` column.
     """
 
     def __init__(self, path: str | Path, rows: Sequence[Mapping[str, Any]] | None = None, key: str = "round") -> None:
@@ -112,9 +97,6 @@ class MetricsTable:
         Args:
             row: Values by column: numbers, text or None. It must hold the key column, with an integer larger than that
                 of the last row.
-
-        Raises:
-            ValueError: If the key is missing or does not count up.
         """
         plain, new = self._add(row)
         if new or not self.path.exists():
@@ -136,11 +118,7 @@ class MetricsTable:
         return plain, new
 
     def column(self, name: str) -> list[Any]:
-        """The values of one column, None where a row has none.
-
-        Raises:
-            KeyError: If there is no such column.
-        """
+        """The values of one column, None where a row has none."""
         if name not in self.columns:
             raise KeyError(f"'{self.path}' has no column '{name}'. It has: {', '.join(self.columns)}.")
         return [row.get(name) for row in self.rows]

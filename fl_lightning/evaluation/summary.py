@@ -49,11 +49,7 @@ def worst(values: Values, higher_is_better: bool = True) -> float:
 
 
 def worst_k(values: Values, k: int, higher_is_better: bool = True) -> float:
-    """Mean of the ``k`` clients that are served worst.
-
-    Raises:
-        ValueError: If ``k`` is not in 1 ... number of clients.
-    """
+    """Mean of the ``k`` clients that are served worst."""
     if not 1 <= k <= len(values):
         raise ValueError(f"Expected `k` in 1 ... {len(values)} (the number of clients), but got {k}.")
     ordered = np.sort(np.asarray(values, dtype=np.float64))  # NaN sorts last

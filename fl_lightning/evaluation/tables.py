@@ -29,9 +29,6 @@ def mean_std(values: Sequence[float]) -> MeanStd:
 
     The runs are a sample of all seeds, so the deviation divides by n - 1 (over clients, which are everybody, it divides
     by n: :func:`fl_lightning.evaluation.summary.std`).
-
-    Raises:
-        ValueError: If there are no values.
     """
     if len(values) == 0:
         raise ValueError("Expected the value of at least one run, but got none.")

@@ -76,9 +76,6 @@ def interval(mean: float, replicates: ArrayLike, level: float = LEVEL) -> Interv
 
     Values that are NaN, for a resample may have none (AUROC of one class), are left out; where more than half are,
     there is no interval.
-
-    Raises:
-        ArgumentError: If the level is not in (0, 1).
     """
     if not 0 < level < 1:
         raise ArgumentError(f"level must lie between 0 and 1, got {level}")

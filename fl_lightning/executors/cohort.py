@@ -117,12 +117,7 @@ class CohortExecutor(Simulation):
 
     @override
     def setup(self, local: LocalTraining, clients: Sequence[Client]) -> None:
-        """Get ready.
-
-        Raises:
-            ValueError: If the method, the model or the Trainer asks for what cannot be done for many clients at once,
-                or a graph is asked for where there is no CUDA, or with an optimizer that cannot be recorded.
-        """
+        """Get ready."""
         super().setup(local, clients)
         reason = why_not(local)
         if reason is not None:
@@ -450,11 +445,7 @@ def held_still(local: LocalTraining, phase: Phase | None) -> Iterator[None]:
 
 
 def learning_rates(local: LocalTraining, stretches: Sequence[Stretch], per_epoch: int) -> list[list[float]]:
-    """Return the learning rate of each step of each stretch, for a client of so many steps an epoch.
-
-    Raises:
-        ValueError: If a scheduler changes anything else.
-    """
+    """Return the learning rate of each step of each stretch, for a client of so many steps an epoch."""
     optimizer = local.optimizer([nn.Parameter(torch.zeros(1))])
     [group] = optimizer.param_groups
     before = _all_but_rates(group)

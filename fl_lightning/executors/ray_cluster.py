@@ -46,9 +46,6 @@ class RayExecutor(Simulation):
         threads: Threads that torch uses in each actor, at least 1.
         timeout: Seconds that a fit may take, above 0, before its actor is ended and the client counts as failed; None:
             any.
-
-    Raises:
-        ImportError: If Ray is not installed.
     """
 
     def __init__(

@@ -82,11 +82,7 @@ def add_pull(named_parameters: Iterable[tuple[str, Tensor]], anchors: Mapping[st
 
 
 def refuse_scaled_gradients(callback: Any, trainer: Trainer) -> None:
-    """Refuse optimizers that unscale gradients themselves, for callbacks that edit gradients.
-
-    Raises:
-        TypeError: If one does and gradients are scaled.
-    """
+    """Refuse optimizers that unscale gradients themselves, for callbacks that edit gradients."""
     scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
     if scaled and any(getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in trainer.optimizers):
         raise TypeError(

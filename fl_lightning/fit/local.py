@@ -69,9 +69,6 @@ class LocalTraining:
         channels_last: Whether convolutions keep images with their channels innermost, as tensor cores and many CPUs
             like it. The result differs in the last bits.
         scheduler_interval: Whether the scheduler steps after every ``epoch`` or after every ``step`` of the optimizer.
-
-    Raises:
-        ValueError: If an argument is out of its range.
     """
 
     def __init__(
@@ -166,11 +163,7 @@ class LocalTraining:
                 self.stages[callback.name] = self._stage(callback.name, stage)
 
     def check_optimizer(self, module: FederatedModule) -> None:
-        """Try out optimizer and scheduler on a model's parameters.
-
-        Raises:
-            ValueError: If one of them refuses its arguments, or a number is not finite, by its key.
-        """
+        """Try out optimizer and scheduler on a model's parameters."""
         check_optimizer(self._context(), module.trained_parameters())
 
     def _stage(self, name: str, stage: Stage) -> LocalTraining:
@@ -244,10 +237,6 @@ class LocalTraining:
 
         Returns:
             The update, and what the client keeps.
-
-        Raises:
-            ValueError: If the message holds tensors that the model has not, or the fit changed a tensor declared as
-                fixed.
         """
         if broadcast.stage:
             whole = replace(client, personal=self.client_state(client, broadcast.state))
@@ -386,11 +375,7 @@ class LocalTraining:
             self.module.to(memory_format=torch.contiguous_format)
 
     def start(self, client: Client, broadcast: Broadcast, seed: int | None = None) -> State:
-        """Return all tensors of the model where a fit starts, and fix the order of its batches.
-
-        Raises:
-            ValueError: If the message holds what is no tensor of the model.
-        """
+        """Return all tensors of the model where a fit starts, and fix the order of its batches."""
         if unknown := broadcast.state.keys() - self.initial.keys():
             raise ValueError(f"client {client.name}: the model has no tensor {', '.join(sorted(unknown)[:4])}")
         seed = self.seed if seed is None else seed

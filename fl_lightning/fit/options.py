@@ -34,11 +34,7 @@ class NotCoveredError(Exception):
 
 
 def check_trainer(arguments: Mapping[str, Any]) -> None:
-    """Check arguments of the Trainer that Lightning lets through, or answers with a traceback.
-
-    Raises:
-        ValueError: If one cannot work, by its key.
-    """
+    """Check arguments of the Trainer that Lightning lets through, or answers with a traceback."""
     given = {name: value for name, value in arguments.items() if value is not None}
     for name, instead in TAKEN.items():
         if name in given:
@@ -67,11 +63,7 @@ def check_trainer(arguments: Mapping[str, Any]) -> None:
 
 
 def check_optimizer(context: FitContext, parameters: Iterable[nn.Parameter]) -> None:
-    """Try out optimizer and scheduler on the parameters of a model.
-
-    Raises:
-        ValueError: If one of them refuses its arguments, or a number is not finite, by its key.
-    """
+    """Try out optimizer and scheduler on the parameters of a model."""
     try:
         optimizer = replace(context, scheduler=None).configure(parameters)
     except (ValueError, TypeError) as error:

@@ -52,9 +52,6 @@ class DualAdapters(FederatedModule):
         task: The same.
         alpha: Largest weight of the local adapter, in [0, 1]; at 0 this is FedIT.
         instances: Training examples that an example is compared with, at least 1.
-
-    Raises:
-        ValueError: If the model has no adapters, or an argument is out of its range.
     """
 
     def __init__(

@@ -37,9 +37,6 @@ class KeptModels(FederatedModule):
         other: The other architecture; None: all clients have the first.
         every: Which clients hold it, at least 2.
         label_smoothing: As there.
-
-    Raises:
-        ValueError: If the two architectures have no layer in common.
     """
 
     fits: Tensor

@@ -43,9 +43,6 @@ class PrototypeLearning(FederatedModule):
         predict: What the personal model answers by: ``prototypes``, the negative squared distances to them, or
             ``head``. Before there are any prototypes it is the head.
         label_smoothing: As there.
-
-    Raises:
-        ValueError: If the head has no such weight.
     """
 
     needs_classes = True

@@ -39,9 +39,6 @@ class HeadDictionary(FederatedCallback):
             them holds, and tensors without a row for each class, take the uniform mean.
         include: ``all``: clients never heard of count with the initial head, which holds no class. ``seen``: they do
             not.
-
-    Raises:
-        ValueError: If an argument is none of the above.
     """
 
     saved = ("heads",)

@@ -59,11 +59,7 @@ def pairs(weights: Sequence[float], adapters: Sequence[State]) -> Iterable[tuple
 
 
 def need_adapters(module: nn.Module) -> list[AdaptedLayer]:
-    """Return the module's layers with adapters.
-
-    Raises:
-        ValueError: If there are none.
-    """
+    """Return the module's layers with adapters."""
     if not (layers := adapted_layers(module)):
         raise ValueError("model.adapters must be given for this method, such as {rank: 4, alpha: 8, targets: auto}")
     return layers

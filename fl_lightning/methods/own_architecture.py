@@ -34,11 +34,7 @@ class Choice:
                 raise ArgumentError(f"clients.{client} must be {known}, got {name!r}")
 
     def of(self, client: Client | ClientInfo) -> str:
-        """Return the name of a client's architecture.
-
-        Raises:
-            ValueError: If ``clients`` leaves it out.
-        """
+        """Return the name of a client's architecture."""
         if self.clients is None:
             return self.names[client.id % len(self.names)]
         if client.name not in self.clients:

@@ -31,9 +31,6 @@ class PromptedTransformer(FederatedModule):
         model: As in :class:`FederatedModule`; its backbone must be timm's ``VisionTransformer``.
         tokens: K, at least 1.
         label_smoothing: As there.
-
-    Raises:
-        ValueError: If the backbone is another.
     """
 
     def __init__(self, model: Model, tokens: int = 10, label_smoothing: float = 0.0) -> None:

@@ -91,11 +91,7 @@ def validated(local: LocalTraining, client: Client, state: State) -> float:
 
 
 def whole(local: LocalTraining, fit: Fit) -> State:
-    """Return all tensors of the model after a fit.
-
-    Raises:
-        ValueError: If it sends more than the model, which no average of models describes.
-    """
+    """Return all tensors of the model after a fit."""
     if fit.update.extra:
         raise ValueError(
             f"{type(local.plan).__name__} averages models, but {', '.join(list(fit.update.extra)[:2])} is sent beside "

@@ -19,9 +19,6 @@ def lenet5(num_classes: int, in_channels: int = 3, image_size: int = 32) -> Mode
         num_classes: Number of classes, at least 1.
         in_channels: Channels of an image.
         image_size: Height and width of an image in pixels, at least 16.
-
-    Raises:
-        ValueError: If the image is too small for two 5x5 convolutions with pooling.
     """
     side = _side_after_two_stages("lenet5", image_size)
     backbone = nn.Sequential(
@@ -45,9 +42,6 @@ def cnn2(num_classes: int, in_channels: int = 3, image_size: int = 32) -> Model:
         num_classes: Number of classes, at least 1.
         in_channels: Channels of an image.
         image_size: Height and width of an image in pixels, at least 16.
-
-    Raises:
-        ValueError: If the image is too small for two 5x5 convolutions with pooling.
     """
     side = _side_after_two_stages("cnn2", image_size)
     backbone = nn.Sequential(

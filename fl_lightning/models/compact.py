@@ -83,11 +83,7 @@ class CompactLinear(nn.Linear):
 
 
 def compact(backbone: nn.Module, base: Base) -> None:
-    """Put compact layers in the place of a backbone's linear layers.
-
-    Raises:
-        ArgumentError: If it has none.
-    """
+    """Put compact layers in the place of a backbone's linear layers."""
     if base == "float32":
         return
     for name, part in list(backbone.named_modules()):

@@ -22,9 +22,6 @@ def export_state_dict(state: dict[str, Tensor], head_path: str) -> dict[str, Ten
     Args:
         state: Tensors whose names begin with ``backbone.`` or ``head.``; others, of a method's own, keep their names.
         head_path: Module path of the head in the plain model, from ``Model.head_path``.
-
-    Raises:
-        ValueError: If two tensors would get one name.
     """
     exported: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -47,9 +44,6 @@ def import_state_dict(state: dict[str, Tensor], head_path: str) -> dict[str, Ten
     Args:
         state: State dict of the plain model.
         head_path: Module path of its head, from ``Model.head_path``.
-
-    Raises:
-        ValueError: If no tensor lies under ``head_path``.
     """
     prefix = f"{head_path}."
     if not any(name.startswith(prefix) for name in state):
@@ -73,10 +67,6 @@ def read_global_model(path: str | Path, head_path: str, names: Collection[str] =
             library's names, or a checkpoint that holds one, under ``state_dict`` as Lightning's do, or under ``state``.
         head_path: Module path of the head in the plain model; empty: it has none of its own.
         names: Names of the tensors that the model has; a plain model whose names fit is taken as it is.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, or is no state dict of such a model.
     """
     path = Path(path)
     file = path / "global_model.pt" if path.is_dir() else path

@@ -130,9 +130,6 @@ def gpt(
         tie_weights: Whether the head is the word embedding, as in GPT-2. Both are then at the client, or nowhere.
         padding: The token with which shorter sequences are filled up at the left, and which no other then sees. None:
             all tokens are seen.
-
-    Raises:
-        ValueError: If sizes do not fit.
     """
     if in_channels != 1:
         raise ValueError(f"a language model reads sequences of tokens (1 channel), but the data has {in_channels}.")

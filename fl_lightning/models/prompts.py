@@ -39,11 +39,7 @@ class Prompt:
         whole("prompt", self.prompt, 1)
 
     def adapt(self, model: Model) -> Model:
-        """Return the model with a prompt ``backbone.prompt``, ``(K, D)``; a classifier's head trains as before.
-
-        Raises:
-            ArgumentError: If the backbone is no transformer that takes one.
-        """
+        """Return the model with a prompt ``backbone.prompt``, ``(K, D)``; a classifier's head trains as before."""
         backbone: Any = model.backbone
         if isinstance(backbone, TransformersBackbone) and backbone.kind != "image":
             words = backbone.embeddings.weight.detach()

@@ -95,9 +95,6 @@ def load_backbone(model: Model, path: str) -> None:
     Args:
         model: The model; its head stays as it is.
         path: As in :func:`~fl_lightning.models.export.read_global_model`.
-
-    Raises:
-        ValueError: If the names or shapes of the backbone's tensors differ.
     """
     given = without_prefix(BACKBONE, read_global_model(path, model.head_path))
     if words := difference(given, model.backbone.state_dict()):
@@ -128,9 +125,6 @@ def vit(
         depth: Number of blocks.
         num_heads: Attention heads of a block.
         mlp_ratio: Width of a block's hidden layer in units of ``embed_dim``.
-
-    Raises:
-        ValueError: If sizes do not divide.
     """
     from timm.models.vision_transformer import VisionTransformer
 
@@ -159,9 +153,6 @@ def split_classifier(model: nn.Module, name: str) -> Model:
     Args:
         model: A timm model; it becomes the backbone.
         name: What to call it in an error.
-
-    Raises:
-        ValueError: If its classifier is not one linear layer or 1x1 convolution.
     """
     classifier = model.get_classifier()  # type: ignore[operator]
     if not isinstance(classifier, nn.Linear | nn.Conv2d):

@@ -50,11 +50,7 @@ class Plan:
 
     @classmethod
     def of(cls, given: Mapping[str, Any], unseen: Sequence[ClientData]) -> Plan:
-        """Read the node ``newcomers`` for the clients that are held out.
-
-        Raises:
-            ValueError: If a size or the number of draws is none.
-        """
+        """Read the node ``newcomers`` for the clients that are held out."""
         wanted = given["examples"] or []
         for size in wanted:
             whole("newcomers.examples", size, LEAST, or_null=True)

@@ -82,11 +82,7 @@ class KeptOutcomes:
         )
 
     def load(self, strategy: Strategy, number: int) -> list[Outcome] | None:
-        """Return what was kept, or None.
-
-        Raises:
-            ValueError: If it is of another global model, or the file is damaged.
-        """
+        """Return what was kept, or None."""
         file, predictions = self._file(strategy, number), self._predictions(strategy, number)
         if not file.exists() or not predictions.exists():
             return None

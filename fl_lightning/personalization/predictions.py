@@ -82,11 +82,7 @@ def write_predictions(path: Path, models: Sequence[Mapping[int, Examples]]) -> N
 
 
 def read_predictions(path: Path) -> Predictions:
-    """Read what :func:`write_predictions` wrote.
-
-    Raises:
-        ValueError: If the file is damaged.
-    """
+    """Read what :func:`write_predictions` wrote."""
     try:
         with np.load(path, allow_pickle=False) as content:
             arrays = {name: content[name] for name in content.files}

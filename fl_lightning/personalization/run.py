@@ -58,9 +58,6 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
     Returns:
         What is written to ``results.json``.
-
-    Raises:
-        ValueError: If anything that was given cannot work; before any training.
     """
     config = plain(cfg)
     run_folder = RunFolder(folder)
@@ -156,11 +153,7 @@ def _try_newcomers(
 
 
 def tried_on(matrix: Any) -> int | None:
-    """Return on how many other clients' data each model is tried, as ``matrix=`` says; None: on all.
-
-    Raises:
-        ValueError: If it says something else.
-    """
+    """Return on how many other clients' data each model is tried, as ``matrix=`` says; None: on all."""
     if isinstance(matrix, bool):
         return None if matrix else 0
     if isinstance(matrix, Mapping) and list(matrix) == ["clients"]:
@@ -170,11 +163,7 @@ def tried_on(matrix: Any) -> int | None:
 
 
 def check_head(module: FederatedModule, patterns: Sequence[str]) -> None:
-    """Check that every pattern of ``head=`` fits a tensor of the model.
-
-    Raises:
-        ValueError: If one does not.
-    """
+    """Check that every pattern of ``head=`` fits a tensor of the model."""
     if isinstance(module, AdaptedModule) and not module.head_path:
         return  # whatever needs one says so
     try:

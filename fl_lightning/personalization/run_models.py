@@ -34,11 +34,7 @@ MADE = (
 
 
 def keeps_personal_models(run: RunFolder) -> bool:
-    """Tell whether a finished run has personal models, as its results say.
-
-    Raises:
-        FileNotFoundError: If the run has not ended.
-    """
+    """Tell whether a finished run has personal models, as its results say."""
     if not run.results.is_file():
         raise FileNotFoundError(f"{run.path} has not ended; continue it with python train.py resume={run.path}")
     return read_json(run.results).get("personal") is not None
@@ -133,11 +129,7 @@ class RunModels:
                 yield Outcome(client, scores=scores)
 
     def mean(self, module: FederatedModule) -> State:
-        """Return the mean of the clients' models, weighted by training examples, by the names of a module.
-
-        Raises:
-            ValueError: If the clients share no part of the model, or their models are not those of the module.
-        """
+        """Return the mean of the clients' models, weighted by training examples, by the names of a module."""
         own = module.state_dict()
         if not any(name in own and name not in module.base_names for name in self.loop.state):
             raise ValueError(

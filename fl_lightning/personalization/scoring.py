@@ -46,9 +46,6 @@ class Scoring:
             training: How the global model was trained, if that is known.
             task: What for.
             num_classes: The number of classes.
-
-        Raises:
-            ValueError: If the metric is none of those there are.
         """
         before = training.config["evaluation"] if training is not None else {}
         chosen = {key: before.get(key) for key in ("metric", "mode", "metrics")}

@@ -49,11 +49,7 @@ class Selection:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], scoring: Scoring) -> Selection:
-        """Read ``select`` and ``best_of``.
-
-        Raises:
-            ValueError: If a value is none that there is.
-        """
+        """Read ``select`` and ``best_of``."""
         given = config["select"]
         if unknown := sorted(set(given) - {"by", "per", "margin"}):
             raise ValueError(f"select.{unknown[0]} is no key; there are by, per and margin")
@@ -72,9 +68,6 @@ class Selection:
             strategies: All of the run.
             clients: All clients.
             others: On how many other clients' data a model is tried.
-
-        Raises:
-            ValueError: If grids differ in size, or validation data or a strategy is missing.
         """
         sizes = Counter(strategy.base for strategy in strategies if strategy.train)
         if self.per is not None:

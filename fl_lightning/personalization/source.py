@@ -74,9 +74,6 @@ class Source:
             wanted: As in ``model.adapters``.
             path: Where that stands in the configuration.
             seed: What adapters begin with follows from it.
-
-        Raises:
-            ValueError: If the model has adapters already, or cannot have these.
         """
         if self.module.base_names:
             raise ValueError(f"{path} needs a model without adapters of its own; leave this strategy out")
@@ -108,12 +105,7 @@ class Training:
 
 
 def read_training(checkpoint: str) -> Training | None:
-    """Read how a global model was trained; None where ``checkpoint=`` is no run folder.
-
-    Raises:
-        FileNotFoundError: If the folder holds no run.
-        ValueError: If ``checkpoint`` is empty, or the folder's configuration is damaged or that of another script.
-    """
+    """Read how a global model was trained; None where ``checkpoint=`` is no run folder."""
     if not checkpoint.strip():
         raise ValueError(
             "checkpoint must be a run folder of train.py, a file of weights, a folder of transformers or the name of a "
@@ -285,10 +277,6 @@ def beside(source: Source, folders: Sequence[str], trust: Sequence[str], taken: 
         folders: Run folders of ``train.py``.
         trust: Packages of one's own that their configurations may name.
         taken: Names of rows that are there.
-
-    Raises:
-        FileNotFoundError: If a folder holds no finished run with a checkpoint.
-        ValueError: If a run has no personal models, or is of another partition.
     """
     for folder in folders:
         run = RunFolder(folder)
@@ -357,9 +345,6 @@ def put(module: FederatedModule, file: Path, new_head: bool = False) -> None:
         module: The module.
         file: The file.
         new_head: Whether the module keeps its own head.
-
-    Raises:
-        ValueError: If it is another model, naming tensors that differ, or the file is damaged.
     """
     state = with_adapters(module, read_global_model(file, module.head_path, module.state_dict()))
     own = module.state_dict()

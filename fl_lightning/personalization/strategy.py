@@ -74,11 +74,7 @@ class Strategy:
         return self.train or self.run is not None
 
     def of(self, source: Source, seed: int) -> Source:
-        """Return what is personalized, with this strategy's adapters beside the model.
-
-        Raises:
-            ValueError: If the model cannot have them.
-        """
+        """Return what is personalized, with this strategy's adapters beside the model."""
         if self.adapters is None:
             return source
         return source.adapted(self.adapters, f"personalization.{self.base}.adapters", seed)
@@ -89,9 +85,6 @@ class Strategy:
         Args:
             module: Serves all strategies, one after another.
             seed: Of the run; the same for all strategies.
-
-        Raises:
-            ValueError: If the strategy cannot work, with its name.
         """
         self.local.batch_size = self.settings.get("batch_size")
         try:
@@ -100,11 +93,7 @@ class Strategy:
             raise type(error)(f"{self.name}: {error}") from error
 
     def check_clients(self, clients: Sequence[ClientInfo]) -> None:
-        """Check that the clients have what the strategy needs.
-
-        Raises:
-            ValueError: If one has no validation data and the strategy chooses by them.
-        """
+        """Check that the clients have what the strategy needs."""
         parts = [self.local.plan, *self.callbacks.values()]
         needs = self.local.validate or any(getattr(part, "needs_validation", False) for part in parts)
         without = [client.name for client in clients if client.num_val == 0]
@@ -145,9 +134,6 @@ def build_strategies(cfg: DictConfig, training: Training | None = None) -> list[
     Args:
         cfg: The composed configuration.
         training: How the global model was trained, if that is known.
-
-    Raises:
-        ValueError: If a node or a value is not sound, by its name.
     """
     grid = _grid(cfg)
     nodes = _resolved(cfg, {}, training)

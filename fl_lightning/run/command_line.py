@@ -144,11 +144,7 @@ def sentence(error: Exception) -> str:
 
 
 def _check_options(arguments: Sequence[str]) -> None:
-    """Check Hydra's own options that name files.
-
-    Raises:
-        ValueError: If one names another configuration, or a folder that is not there.
-    """
+    """Check Hydra's own options that name files."""
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     options.add_argument("--config-name", "-cn")
     options.add_argument("--config-path", "-cp")
@@ -187,10 +183,6 @@ def with_resume(arguments: list[str]) -> list[str]:
 
     Where another option of a group is chosen now (``executor=serial``), what was set below the group is left out: it
     belonged to the option of then (``executor.workers=2``).
-
-    Raises:
-        FileNotFoundError: If the folder holds no run.
-        ValueError: If its notes are damaged, or would have an environment variable read.
     """
     given = [argument for argument in arguments if argument.startswith("resume=")]
     if not given or given[-1] in ("resume=", "resume=null"):

@@ -156,11 +156,7 @@ def instantiate(node: Any, path: str, /, *args: Any, **kwargs: Any) -> Any:
 
 
 def instantiate_dict(node: Mapping[str, Any] | None, path: str) -> dict[str, Any]:
-    """Make a dict of named objects; an entry that is null is switched off.
-
-    Raises:
-        ValueError: If an entry names no class: most likely its name is misspelt, and an override went astray.
-    """
+    """Make a dict of named objects; an entry that is null is switched off."""
     entries = {name: value for name, value in (node or {}).items() if value is not None}
     complete = [name for name, value in entries.items() if isinstance(value, Mapping) and "_target_" in value]
     for name in entries:

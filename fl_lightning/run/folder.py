@@ -228,11 +228,7 @@ class RunFolder:
         return {str(key): value for key, value in content.items()}
 
     def keep_partition(self, partition: Partition) -> None:
-        """Save who holds which examples, or, where that is saved already, make sure it is the same.
-
-        Raises:
-            ValueError: If it is another partition.
-        """
+        """Save who holds which examples, or, where that is saved already, make sure it is the same."""
         if self.partition.exists():
             Partition.load(self.partition).check_equal(partition)
         else:

@@ -29,9 +29,6 @@ def composed(name: str, overrides: Sequence[str], with_hydra: bool = False) -> D
         name: ``conf/<name>.yaml``.
         overrides: The words of a command line.
         with_hydra: Whether Hydra's own part, such as the run folder, is in it, too.
-
-    Raises:
-        ValueError: If it cannot be composed, in one sentence.
     """
     running = GlobalHydra.instance()
     before, running.hydra = running.hydra, None  # within a script Hydra is at work already

@@ -49,9 +49,6 @@ def adapted(config: Mapping[str, Any], sizes: Mapping[str, int], task: Task) -> 
         config: The configuration, plain.
         sizes: ``num_classes``, ``in_channels`` and ``image_size`` of the data, for whichever it requires.
         task: What it is trained for.
-
-    Raises:
-        ValueError: If it is none.
     """
     node = config["module"]
     name = node["_target_"].rpartition(".")[2]
@@ -75,11 +72,7 @@ def adapted(config: Mapping[str, Any], sizes: Mapping[str, int], task: Task) -> 
 
 
 def check_adapted(module: AdaptedModule, x: Any, outputs: Tensor) -> None:
-    """Check that the head that was named is the last part of a LightningModule.
-
-    Raises:
-        ValueError: If the head of the features does not give the outputs.
-    """
+    """Check that the head that was named is the last part of a LightningModule."""
     if not module.head_path:
         return
     with evaluating(module), torch.inference_mode():

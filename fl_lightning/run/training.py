@@ -119,9 +119,6 @@ def assemble(config: Mapping[str, Any], run_folder: RunFolder) -> Federation:
     Args:
         config: The configuration, plain (see :func:`fl_lightning.run.config.plain`).
         run_folder: Where files go; with ``resume`` in the configuration, the run to go on with.
-
-    Raises:
-        ValueError: If something in the configuration or the data is wrong.
     """
     check({**config, "module": arguments_of(config["module"])})
     check_accelerator(config["trainer"])
@@ -183,11 +180,7 @@ def fitting_module(loop: FederatedLoop, config: Mapping[str, Any], data: Federat
 
 
 def check_metrics(metrics: Metrics, module: FederatedModule, data: FederatedData) -> None:
-    """Try the metrics that torchmetrics computes on a client's data.
-
-    Raises:
-        ValueError: If one cannot be computed, by its key.
-    """
+    """Try the metrics that torchmetrics computes on a client's data."""
     for name in metrics.names if data.clients else ():  # without data, sites try them
         client = data.clients[0]
         if metrics.is_mean(name):
@@ -204,11 +197,7 @@ def check_metrics(metrics: Metrics, module: FederatedModule, data: FederatedData
 
 
 def check_accelerator(trainer: Mapping[str, Any]) -> None:
-    """Check that there is a GPU where one is asked for.
-
-    Raises:
-        ValueError: If there is none that torch can use.
-    """
+    """Check that there is a GPU where one is asked for."""
     asked = trainer.get("accelerator")
     if isinstance(asked, str):
         own = set(AcceleratorRegistry.available_accelerators()) - {"cpu", "cuda", "mps", "tpu"}  # that users registered
@@ -218,11 +207,7 @@ def check_accelerator(trainer: Mapping[str, Any]) -> None:
 
 
 def build_module(config: Mapping[str, Any], data: FederatedData) -> FederatedModule:
-    """Make the model for some data, from the run's seed, and try it on a few of its examples.
-
-    Raises:
-        ValueError: If the model cannot take the data's images.
-    """
+    """Make the model for some data, from the run's seed, and try it on a few of its examples."""
     x = move_data_to_device(data.first_examples(2), torch.device("cpu"))  # where the model still is
     y = data.first_targets(2).to("cpu")
     task = task_of(config, y)
@@ -313,11 +298,7 @@ def new_module(
 
 
 def adapters(wanted: Any, path: str = "model.adapters") -> Adapters | Prompt:
-    """Return what ``model.adapters``, or another node like it, asks for.
-
-    Raises:
-        ValueError: If it is no mapping, or has a wrong argument, by its key.
-    """
+    """Return what ``model.adapters``, or another node like it, asks for."""
     if not isinstance(wanted, Mapping):
         raise ValueError(f"{path} must be null or a mapping such as {{rank: 4, alpha: 8}}, got {wanted!r}")
     kind = "fl_lightning.models.prompts.Prompt" if "prompt" in wanted else f"{Adapters.__module__}.Adapters"

@@ -54,10 +54,6 @@ class AgreementData(ImageFileData):
         agreements: One per client: how often label and attribute agree, in [0, 1].
         train_per_client: Training images of each client, validation included; ``None`` for as many as there are.
         test_per_client: Likewise for testing.
-
-    Raises:
-        FileNotFoundError: If a file is missing, naming it and its place.
-        ValueError: If a file is not as published, or there are too few images of a combination.
     """
 
     root: str

@@ -32,10 +32,6 @@ class CelebA(AgreementData):
         root: The folder that holds ``celeba``.
         label: Name of an attribute in the table.
         attribute: Name of another.
-
-    Raises:
-        FileNotFoundError: If a file is missing, naming it and its place.
-        ValueError: If a file is not as published, or there are too few images of a combination.
     """
 
     root: str = "datasets"

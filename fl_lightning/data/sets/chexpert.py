@@ -30,10 +30,6 @@ def read_rows(path: Path, findings: Sequence[str], others: Sequence[str]) -> lis
         path: ``train.csv``.
         findings: Columns whose cells must be findings.
         others: Further columns that must be there.
-
-    Raises:
-        FileNotFoundError: If the file is missing.
-        ValueError: If a column is missing, a line is truncated, or a cell is no finding, saying where.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -83,10 +79,6 @@ class CheXpert(AgreementData):
             that is not mentioned counts as absent.
         frontal_only: Whether lateral views are left out.
         test_fraction: Share of the patients that are tested on, in (0, 1).
-
-    Raises:
-        FileNotFoundError: If a file is missing, naming it and its place.
-        ValueError: If a file is not as published, or there are too few images of a combination.
     """
 
     root: str = "datasets/CheXpert-v1.0-small"

@@ -41,10 +41,6 @@ class CheXpertFindings(ImageFileData):
             ``positive``. One that is not mentioned counts as absent.
         frontal_only: Whether lateral views are left out.
         test_fraction: Share of the patients that are tested on, in (0, 1).
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If a column is missing, or a cell is no finding, saying where.
     """
 
     root: str = "datasets/CheXpert-v1.0-small"

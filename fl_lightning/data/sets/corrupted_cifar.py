@@ -51,10 +51,6 @@ class CorruptedCifar(FederatedData):
         test_fraction: Share of the published images that is tested on, in (0, 1). Made corruptions keep CIFAR's split.
         download: Whether torchvision may download CIFAR.
         unseen_clients: Names of clients held out of training, such as ``"pixelate 3"``.
-
-    Raises:
-        FileNotFoundError: If files are missing, saying which belong where.
-        ValueError: If a file is not as published, or a setting is out of range.
     """
 
     name: str = "cifar10"
@@ -191,11 +187,7 @@ class CorruptedCifar(FederatedData):
 
 
 def _open_npy(path: Path) -> np.ndarray:
-    """Open an array without reading it whole.
-
-    Raises:
-        ValueError: If it is truncated or holds pickled objects.
-    """
+    """Open an array without reading it whole."""
     try:
         array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
         return array

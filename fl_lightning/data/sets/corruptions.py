@@ -107,9 +107,6 @@ def corrupt(images: Tensor, kind: str, severity: int, generator: torch.Generator
 
     Returns:
         uint8, (N, 3, H, W).
-
-    Raises:
-        ValueError: If there is no such type or severity.
     """
     one_of("corruptions", kind, CORRUPTIONS)
     one_of("severities", severity, SEVERITIES)

@@ -98,10 +98,6 @@ class Digit5(FederatedData):
         max_test: Test images of a domain. ``None`` keeps all.
         download: Whether torchvision may download what is missing of MNIST, SVHN and USPS.
         unseen_clients: Names of domains that are held out of training.
-
-    Raises:
-        FileNotFoundError: If a domain is in none of the places, saying which file belongs where.
-        ValueError: If a file is truncated or not as published.
     """
 
     root: str = "datasets"

@@ -30,10 +30,6 @@ class DomainNet(ImageFileData):
         domains: Which, in the order of the clients.
         classes: Names of the classes to keep, in the order of their labels; a number keeps the first so many of the
             official order; ``None`` keeps all 345.
-
-    Raises:
-        FileNotFoundError: If a list or an image is missing, naming it.
-        ValueError: If a list is not as published, or a setting is out of range.
     """
 
     root: str = "datasets/DomainNet"

@@ -44,10 +44,6 @@ class Folder(ImageFileData):
         channels: 1 or 3; ``None`` keeps what a ``.npz`` has, and reads image files in colour.
         resize: Height and width in pixels; ``None`` keeps what a ``.npz`` has, and is an error for image files.
         test_fraction: Share of each client's images kept for testing, where the folders do not say which.
-
-    Raises:
-        FileNotFoundError: If the folder is missing or has no client.
-        ValueError: If a file is not as described, saying which.
     """
 
     root: str | None = None
@@ -194,11 +190,7 @@ def _split_levels(client: Path) -> dict[str, Path]:
 
 
 def class_files(folder: Path) -> dict[str, list[Path]]:
-    """Image files of each class folder, sorted by name.
-
-    Raises:
-        ValueError: If there is no class folder, or one holds no image.
-    """
+    """Image files of each class folder, sorted by name."""
     classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not classes:
         raise ValueError(f"'{folder}' has no class folders; images go to '{folder}/<class>/'")

@@ -40,10 +40,6 @@ class Table(FederatedData):
             of all clients that take part, as sums that they share would give.
         test_fraction: Share of a client's rows that is kept for testing, in (0, 1).
         unseen_clients: Names of clients that are held out of training.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If a column is missing, or a cell is no number, saying where.
     """
 
     root: str | None = None

@@ -44,11 +44,6 @@ class Texts(FederatedData):
         label: Field with the class; None: the tokens themselves are learnt.
         test_fraction: Share of a file that is kept for testing, in (0, 1).
         unseen_clients: Names of clients that are held out of training.
-
-    Raises:
-        FileNotFoundError: If the folder is missing or has no client.
-        ImportError: If a tokenizer is asked for and transformers is not installed, or a ``.parquet`` and pyarrow.
-        ValueError: If a file is not as described, saying which.
     """
 
     root: str | None = None
@@ -159,12 +154,7 @@ class Texts(FederatedData):
 
 
 def read_parquet(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a ``.parquet``.
-
-    Raises:
-        ImportError: If pyarrow is not installed.
-        ValueError: If the file is damaged.
-    """
+    """Return the rows of a ``.parquet``."""
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
@@ -181,10 +171,6 @@ def open_tokenizer(name: str | None) -> tuple[Encode, int, int]:
 
     Args:
         name: A folder or name of transformers, or a ``tokenizer.json``; None: bytes.
-
-    Raises:
-        ImportError: If transformers is not installed.
-        ValueError: If there is no such tokenizer.
     """
     if name is None:
         return lambda text: list(text.encode()), 256, 0

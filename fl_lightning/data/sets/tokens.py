@@ -36,10 +36,6 @@ class Tokens(FederatedData):
         length: Bytes of a window, at least 1; of texts alone.
         test_fraction: Share of a text that is kept for testing, in (0, 1).
         unseen_clients: Names of clients that are held out of training.
-
-    Raises:
-        FileNotFoundError: If the folder is missing or has no client.
-        ValueError: If a file is not as described, saying which.
     """
 
     root: str | None = None

@@ -98,10 +98,6 @@ class TorchvisionSet(PartitionedData):
         download: Whether missing files may be downloaded.
         channels: 1 or 3; ``None`` keeps what the data set has.
         resize: Height and width in pixels; ``None`` keeps what the data set has.
-
-    Raises:
-        FileNotFoundError: If files are missing and cannot be downloaded, saying which belong where.
-        ValueError: If the ``.npz`` is not as described.
     """
 
     name: str = "cifar10"
@@ -154,9 +150,6 @@ def read_published(name: str, root: str, train: bool, download: bool) -> tuple[T
 
     Returns:
         Images, uint8 (N, C, H, W), as published, and labels, int64 (N,).
-
-    Raises:
-        FileNotFoundError: If files are missing and cannot be downloaded, saying which belong where.
     """
     published = PUBLISHED[name]
     try:
