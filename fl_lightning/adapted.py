@@ -18,6 +18,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from fl_lightning.fit.stock import quiet_warnings, silence_lightning
+from fl_lightning.fit.tensors import PlainAttributes
 from fl_lightning.models.model import Model
 from fl_lightning.module import FederatedModule
 from fl_lightning.task import Task
@@ -92,6 +93,7 @@ class AdaptedModule(FederatedModule):
         super().__init__(Model(backbone, lightning.get_submodule(head) if head else nn.Identity(), head), task=task)
         # Beside the parts, not among them: its tensors are theirs.
         vars(self)["lightning"] = lightning
+        self._attributes = PlainAttributes(lightning)
         self.own_optimizer = own_optimizer and configures_optimizers(lightning)
 
     @property
@@ -143,8 +145,13 @@ class AdaptedModule(FederatedModule):
     @contextmanager
     @override
     def fitting(self) -> Iterator[None]:
-        """Let the loss of every training step pass through this fit's context, for as long as the context lasts."""
+        """Let the loss of every training step pass through this fit's context, for as long as the context lasts.
+
+        Attributes of the module that are no tensors of it begin every fit as they were made: it serves all clients, and
+        what one has counted or stored is no other's.
+        """
         whole, context = self.whole, self.context
+        self._attributes.restore()
         step = whole.training_step
 
         @functools.wraps(step)
@@ -203,8 +210,13 @@ class AdaptedModule(FederatedModule):
             vars(whole).update(before)
         return found
 
-    def try_step(self, batch: Any) -> None:
-        """Fit a copy to one batch, so that what cannot work is found before the first round."""
+    def try_step(self, batch: Any, validate: bool = False) -> None:
+        """Fit a copy to one batch, so that what cannot work is found before the first round.
+
+        Args:
+            batch: Of training data.
+            validate: Whether fits also validate (``local.validate``): then the batch is validated on, too.
+        """
         name = type(self.whole).__name__
         trial = copy.deepcopy(self)
         outputs: list[Any] = []
@@ -220,16 +232,19 @@ class AdaptedModule(FederatedModule):
             ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
         )
         silence_lightning()
-        trainer = Trainer(accelerator="cpu", max_epochs=1, limit_val_batches=0, **options)
+        trainer = Trainer(accelerator="cpu", max_epochs=1, num_sanity_val_steps=0, **options)
+        one = DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
         if not self.own_optimizer:
             vars(trial.whole)["configure_optimizers"] = lambda: torch.optim.SGD(trial.parameters(), lr=0.0)
         with torch.random.fork_rng(devices=[]):
             try:
                 with quiet_warnings():
-                    trainer.fit(trial.whole, train_dataloaders=DataLoader([batch], batch_size=None))  # type: ignore[arg-type]
+                    trainer.fit(trial.whole, one, one if validate else None)
             except Exception as error:
-                words = str(error).splitlines() or [""]
-                raise ValueError(f"{name} cannot be fitted to a batch: {type(error).__name__}: {words[0]}") from error
+                words = (str(error).splitlines() or [""])[0]
+                if "conditioned on metric" in words and not validate:
+                    words += "; a fit validates with local.validate=true alone"
+                raise ValueError(f"{name} cannot be fitted to a batch: {type(error).__name__}: {words}") from error
         if self.whole.automatic_optimization:
             try:
                 finite = bool(loss_of(outputs[-1]).isfinite())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
 
 
 class Lit(LightningModule):
@@ -56,6 +57,61 @@ class Tensors(LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class Anneals(LightningModule):
+    """A classifier of images whose loss depends on what it has counted, with a metric and a schedule."""
+
+    begun: ClassVar[list[int]] = []
+
+    def __init__(self, num_classes: int, lr: float = 0.01) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.body = nn.Sequential(nn.Flatten(), nn.LazyLinear(6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.2))
+        self.body(torch.zeros(2, 3, 8, 8))
+        self.fc = nn.Linear(6, num_classes)
+        self.accuracy = MulticlassAccuracy(num_classes)
+        self.steps, self.losses = 0, [1.0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.body(x))
+
+    def on_train_start(self) -> None:
+        self.begun.append(self.steps)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        outputs = self(x)
+        loss = nn.functional.cross_entropy(outputs, y) * (1 + 1 / (1 + self.steps)) * self.losses[-1]
+        self.steps += 1
+        self.losses.append(min(float(loss.detach()), 1.0))
+        self.accuracy(outputs, y)
+        self.log("annealed", loss, on_step=True, on_epoch=True)
+        self.log("seen", self.accuracy, on_epoch=True, on_step=False)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.log("steps", float(self.steps))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.hparams["lr"])
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 10 * self.hparams["lr"], total_steps=100)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class Plateau(Tensors):
+    """Lowers its rate where what its validation logs does not fall."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        self.log("val_mse", nn.functional.mse_loss(self(x), y))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer), "monitor": "val_mse"},
+        }
 
 
 class NoLoss(Tensors):

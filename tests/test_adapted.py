@@ -16,7 +16,7 @@ from fl_lightning.aggregators import Aggregator
 from fl_lightning.callbacks.proximal_penalty import ProximalPenalty
 from fl_lightning.client import Client
 from fl_lightning.cohort import Cohort
-from fl_lightning.data.module_data import DataModules
+from fl_lightning.data.module_data import DataModules, pair_of
 from fl_lightning.executors import SerialExecutor
 from fl_lightning.fit.local import LocalTraining
 from fl_lightning.loop import FederatedLoop
@@ -138,6 +138,7 @@ def test_from_yaml(tmp_path: Path) -> None:
             ["module._target_=tests.own.Lit", "+evaluation.metrics=[r2,f1]"],
             "evaluation.metrics.f1 must be .* one of rmse",
         ),
+        (["module._target_=tests.own.Plateau"], "which is not available.*; a fit validates with local.validate=true"),
         (["module._target_=tests.own.Lit", "task=classification"], "task=classification takes one whole number"),
         (["module._target_=tests.own.Lit", "evaluation.metric=accuracy"], "evaluation.metric must be one of rmse"),
     ],
@@ -175,6 +176,20 @@ def test_a_module_without_a_loss_is_tried_on_a_copy() -> None:
     with pytest.raises(ValueError, match=r"training_step must return a loss"):
         module.try_step((torch.randn(4, 3), torch.randn(4, 1)))
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_a_schedule_may_follow_what_validation_logs(tmp_path: Path) -> None:
+    results = run(config("module._target_=tests.own.Plateau", "loop.rounds=1", "local.validate=true"), tmp_path)
+    assert results["global"]["mean"] < 3
+
+
+def test_what_stands_beside_inputs_and_targets_is_refused() -> None:
+    x = torch.randn(4, 3)
+    with pytest.raises(ValueError, match=r"must be a pair .* got tuple of 3; .* in a dict or in the inputs"):
+        pair_of((x, x, torch.ones(4)))
+    (inputs, weights), targets = pair_of(((x, torch.ones(4)), x[:, :1]))
+    assert inputs is x
+    assert weights.shape == targets[:, 0].shape
 
 
 class Logs(Lit):

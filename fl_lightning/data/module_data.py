@@ -213,6 +213,8 @@ def pair_of(batch: Any) -> tuple[Any, Tensor]:
     elif isinstance(batch, (tuple, list)) and len(batch) == 2:
         return batch[0], torch.as_tensor(batch[1])
     what = f"a dict of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
+    if isinstance(batch, (tuple, list)):
+        what += f" of {len(batch)}; what stands beside them, such as weights, goes in a dict or in the inputs"
     raise ValueError(
         f"a batch must be a pair of inputs and targets, or a dict with one of {', '.join(TARGETS)}, got {what}"
     )

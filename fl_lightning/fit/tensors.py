@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import MutableMapping
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
 
 from fl_lightning.state import State
 
@@ -58,19 +58,23 @@ class PlainAttributes:
     """Remembers the attributes of a module that are no parameters, buffers or parts: counters, lists of outputs.
 
     Args:
-        module: The module; parts of it of classes other than torch's own count too.
+        module: The module; parts of it of classes other than torch's own count too. Metrics begin anew.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        parts = [module, *(part for part in module.modules() if not type(part).__module__.startswith("torch."))]
+        own = [part for part in module.modules() if not type(part).__module__.startswith("torch.")]
+        self._metrics = [part for part in own if isinstance(part, (Metric, MetricCollection))]
+        parts = [module, *(part for part in own if not isinstance(part, (Metric, MetricCollection)))]
         self._parts = [(part, {k: _copy(v) for k, v in vars(part).items() if k not in _OTHERS}) for part in parts]
 
     def restore(self) -> None:
-        """Put the attributes back as they were."""
+        """Put the attributes back as they were, as often as is wanted."""
         for part, attributes in self._parts:
             for name in vars(part).keys() - attributes.keys() - _OTHERS:
                 delattr(part, name)
-            vars(part).update(attributes)
+            vars(part).update(_copy(attributes))
+        for metric in self._metrics:
+            metric.reset()
 
 
 #: What torch and Lightning keep in a module, and set at the beginning of a fit.
@@ -81,7 +85,7 @@ def _copy(value: Any) -> Any:
     """Copy tensors and containers; whatever else is meant stays the same object."""
     if isinstance(value, Tensor):
         return value.detach().clone() if not value.requires_grad else value
-    if isinstance(value, MutableMapping):
+    if isinstance(value, dict):
         found = copy.copy(value)
         found.update((key, _copy(item)) for key, item in value.items())
         return found

@@ -231,7 +231,7 @@ def build_module(config: Mapping[str, Any], data: FederatedData) -> FederatedMod
     if isinstance(module, AdaptedModule):
         check_adapted(module, x, outputs)
         if data.clients:  # else they are at sites
-            module.try_step(next(iter(data.clients[0].train_dataloader())))
+            module.try_step(next(iter(data.clients[0].train_dataloader())), config["local"]["validate"])
     try:
         module.criterion(outputs, y)
     except (RuntimeError, TypeError) as error:

@@ -30,6 +30,7 @@ from fl_lightning.fit.lean import HOOKS, overridden, use_fused_kernel
 from fl_lightning.module import Batch, FederatedModule
 from fl_lightning.run.command_line import CONF
 from tests.federations import Federation, add_recorder, assert_same, by_name, every, federation, outcome
+from tests.own import Anneals
 
 #: One of each kind of client half.
 KINDS = ("fedavg", "scaffold", "ditto", "fedftha", "per_fedavg", "virtual", "flora")
@@ -311,6 +312,14 @@ def test_an_attempt_leaves_no_attribute_behind(tiny_root: Path, tmp_path: Path) 
     assert_same(outcome(runs[0]), outcome(runs[1]))
     assert runs[0].module.seen == runs[1].module.seen
     assert runs[1].loop.local._needs_stock == "training_step returns a dict instead of a loss"
+
+
+def test_somebodys_own_module_has_the_same_bits(tiny_root: Path, tmp_path: Path) -> None:
+    """With its own optimizer, schedule, metric and logging, and a loss by attributes that begin anew in every fit."""
+    Anneals.begun.clear()
+    both(tiny_root, tmp_path, "module._target_=tests.own.Anneals", "+module.head=fc", "trainer.max_epochs=2")
+    assert Anneals.begun == [0] * len(Anneals.begun)
+    assert len(Anneals.begun) >= 2 * 2 * 3
 
 
 class EverySecond(FederatedModule):
