@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from fl_lightning.checks import one_of, within
+from fl_lightning.checks import at_least, one_of, within
 from fl_lightning.data.client_data import BatchOptions, ClientData, Source
 from fl_lightning.data.image_files import Fit, ImageFiles
 from fl_lightning.data.partition import Partition
@@ -208,6 +209,11 @@ class ImageFileData(FederatedData):
     in_memory: bool | Literal["auto"] = "auto"
     num_workers: int = 0
     unseen_clients: Sequence[str] = ()
+
+    @override
+    def __post_init__(self) -> None:
+        at_least("num_workers", self.num_workers, 0)
+        super().__post_init__()
 
     def open_files(self, paths: Sequence[str], labels: Tensor, root: Path) -> Source:
         """Decode image files into memory, if that is wanted, or leave them on disk.

@@ -55,8 +55,8 @@ def main(name: str) -> None:
         name: ``train`` or ``personalize``: the configuration ``conf/<name>.yaml`` and the module behind it.
     """
     try:
+        _check_options(sys.argv[1:])
         arguments = with_resume(sys.argv[1:])
-        _check_options(arguments)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     replayed = arguments != sys.argv[1:]
@@ -144,7 +144,10 @@ def sentence(error: Exception) -> str:
 
 
 def _check_options(arguments: Sequence[str]) -> None:
-    """Check Hydra's own options that name files."""
+    """Check Hydra's own options and the keys that name folders."""
+    for key in ("resume", "hydra.run.dir", "hydra.sweep.dir"):
+        if f"{key}=" in arguments:
+            raise ValueError(f"{key} must be a folder, got nothing")
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     options.add_argument("--config-name", "-cn")
     options.add_argument("--config-path", "-cp")
@@ -185,7 +188,7 @@ def with_resume(arguments: list[str]) -> list[str]:
     belonged to the option of then (``executor.workers=2``).
     """
     given = [argument for argument in arguments if argument.startswith("resume=")]
-    if not given or given[-1] in ("resume=", "resume=null"):
+    if not given or given[-1] == "resume=null":
         return arguments
     folder = Path(given[-1].removeprefix("resume=").strip("'\""))
     saved, choices = _started_with(folder)

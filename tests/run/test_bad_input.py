@@ -28,6 +28,7 @@ ROWS = [
     ("data.std=inf", r"data\.std must be a finite number, got inf"),
     ("data.mean=nan", r"data\.mean must be a finite number, got nan"),
     ("data.mean=[0.1,nan]", r"data\.mean\[1\] must be a finite number, got nan"),
+    ("data.num_workers=-1", r"data\.num_workers must be at least 0, got -1"),
     ("data.mean=[] data.std=[]", r"data\.mean must .*not empty, got \[\]"),
     ("~loop", r"loop must be given"),
     ("~loop.rounds", r"loop\.rounds must be given"),
@@ -72,7 +73,9 @@ def test_callbacks_and_checkpoints_may_be_left_out(tiny_root: Path) -> None:
         ("loop.rounds=${nothing}", "error: loop.rounds: Interpolation key 'nothing' not found"),
         ("optimizer.lr=${oc.env:NOT_THERE}", "error: optimizer.lr: .*'NOT_THERE' not found"),
         ("task=[1]", r"error: there is no task=\[1\]; these are: binary, "),
-        ("method.name=null", "error: method.name must be a name, got null\n"),
+        ("method.name=null", "error: method.name must be a name, got null; set method=fedavg\n"),
+        ("~method", "error: method.name must be a name, got null; set method=fedavg\n"),
+        ("resume=", "error: resume must be a folder, got nothing\n"),
         ("paths.log_dir=null", "error: paths.log_dir: field 'paths.log_dir' is not Optional"),
         ("~paths.log_dir", "error: paths.log_dir: PathsConfig .* does not support deletion"),
         ("paths.log_dir=[1]", "error: paths.log_dir: Cannot convert 'list' to string"),
@@ -88,6 +91,11 @@ def test_the_command_line(words: str, sentence: str, tmp_path: Path, capsys: pyt
     assert call("train", words, f"hydra.run.dir={tmp_path / 'run'}") == 1
     told = capsys.readouterr().err
     assert re.match(sentence, told), told
+
+
+def test_a_run_folder_without_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("train", "hydra.run.dir=") == 1
+    assert capsys.readouterr().err == "error: hydra.run.dir must be a folder, got nothing\n"
 
 
 @pytest.mark.parametrize(
