@@ -1,7 +1,8 @@
 """Texts of four kinds that every Python installation holds, as a federation for ``data=texts``.
 
 ``python -m studies.foundation_texts DIR`` writes ``DIR/<kind>.txt``: documentation strings and source code of the
-standard library, licences and descriptions of installed packages.
+standard library, licences and descriptions of installed packages; and ``DIR/base/base.txt``, what a model may have read
+before: modules within the standard library's packages, of which no client has any.
 """
 
 from __future__ import annotations
@@ -59,20 +60,35 @@ def descriptions() -> Iterator[str]:
         yield str(package.metadata.json.get("description") or "")
 
 
+def packages() -> Iterator[str]:
+    """Yield every fifth module within the standard library's packages, as it is."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"site-packages", "dist-packages", "test"}
+    inner = [path for path in library.glob("*/[a-z]*.py") if path.parent.name not in left_out]
+    for path in sorted(inner)[::5]:
+        yield path.read_text(encoding="utf-8", errors="replace")
+
+
 KINDS = {"docstrings": docstrings, "source": source, "licences": licences, "descriptions": descriptions}
 
 
+def write(path: Path, texts: Iterator[str], characters: int) -> None:
+    """Write the first characters of some texts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = ""
+    for text in texts:
+        whole += text.strip() + "\n\n"
+        if len(whole) >= characters:
+            break
+    path.write_text(whole[:characters].encode("ascii", "ignore").decode(), encoding="utf-8")
+    print(f"{path.stem}: {len(whole[:characters])} characters")
+
+
 def main(folder: Path) -> None:
-    """Write a file for each kind."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write a file for each kind, and one for all."""
     for name, texts in KINDS.items():
-        whole = ""
-        for text in texts():
-            whole += text.strip() + "\n\n"
-            if len(whole) >= CHARACTERS:
-                break
-        (folder / f"{name}.txt").write_text(whole[:CHARACTERS].encode("ascii", "ignore").decode(), encoding="utf-8")
-        print(f"{name}: {len(whole[:CHARACTERS])} characters")
+        write(folder / f"{name}.txt", texts(), CHARACTERS)
+    write(folder / "base" / "base.txt", packages(), 4 * CHARACTERS)
 
 
 if __name__ == "__main__":

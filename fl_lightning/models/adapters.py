@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fl_lightning.checks import ArgumentError, above, one_of, whole, within
-from fl_lightning.models.compact import Base, CompactLinear, compact, compact_state, is_conv1d, restored_state
+from fl_lightning.models.compact import (
+    Base,
+    CompactLinear,
+    compact,
+    compact_state,
+    is_conv1d,
+    need_bitsandbytes,
+    restored_state,
+    weight_shape,
+)
 from fl_lightning.models.hf import TransformersBackbone
 from fl_lightning.models.model import Model
 from fl_lightning.state import State
@@ -53,8 +63,9 @@ class Adapters:
         train: ``both`` matrices, or ``B`` alone: A then stays as it was drawn, the same everywhere.
         dora: Whether the length of each output's weights is trained too. Liu, Wang, Yin, Molchanov, Wang, Cheng, Chen,
             DoRA: Weight-Decomposed Low-Rank Adaptation, ICML 2024, https://arxiv.org/abs/2402.09353.
-        base: What the backbone's frozen linear layers are kept in: ``float32``, ``bfloat16``, or ``int8`` with a scale
-            for each output (see :class:`~fl_lightning.models.compact.CompactLinear`).
+        base: What the backbone's frozen linear layers are kept in: ``float32``, ``bfloat16``, ``int8`` with a scale
+            for each output, or ``nf4``, four bits with a scale for each 64 entries, which needs bitsandbytes (see
+            :class:`~fl_lightning.models.compact.CompactLinear`).
     """
 
     rank: int = 4
@@ -111,6 +122,8 @@ class Adapters:
     def check(self, backbone: nn.Module) -> None:
         """Check what can be checked before :meth:`inject`, which raises the same."""
         need_peft()
+        if self.base == "nf4":
+            need_bitsandbytes()
         if any(".base_layer." in name for name, _ in backbone.named_parameters()):
             raise ValueError("adapters of a fit need a model without adapters of its own; leave out model.adapters")
         self.layers(backbone)
@@ -199,9 +212,7 @@ def adapted_layers(module: nn.Module) -> list[AdaptedLayer]:
     for name, part in module.named_modules():
         if hasattr(part, "lora_A") and ADAPTER in part.lora_A:
             base: Any = part.get_base_layer()
-            found.append(
-                AdaptedLayer(name, float(part.scaling[ADAPTER]), tuple(base.weight.shape), _is_transposed(base))
-            )
+            found.append(AdaptedLayer(name, float(part.scaling[ADAPTER]), weight_shape(base), _is_transposed(base)))
     return found
 
 
@@ -359,7 +370,8 @@ def _fits(target: str, known: Mapping[str, nn.Module], linear: Mapping[str, nn.M
 
 
 def _sides(part: Any) -> tuple[int, int]:
-    rows, columns = part.weight.flatten(1).shape
+    rows, *rest = weight_shape(part)
+    columns = prod(rest)
     return (columns, rows) if _is_transposed(part) else (rows, columns)
 
 
