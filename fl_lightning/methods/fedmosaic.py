@@ -21,7 +21,7 @@ from fl_lightning.callback import FederatedCallback
 from fl_lightning.checks import ArgumentError, above, at_least, whole, within
 from fl_lightning.methods.own_architecture import FIRST, Choice
 from fl_lightning.methods.own_architecture import whole as joined
-from fl_lightning.models.adapters import Adapters
+from fl_lightning.models.adapters import Adapters, is_transposed, layer_sides
 from fl_lightning.models.model import Model
 from fl_lightning.module import Batch, FederatedModule
 from fl_lightning.sharing import Sharing
@@ -41,17 +41,17 @@ class TwoAdapters(nn.Module):
     :math:`\frac{\alpha}{r} B A h`.
 
     Args:
-        layer: The layer.
+        layer: The layer, a linear one.
         rank: r, at most the smaller side of the layer's weight.
         scale: :math:`\alpha / r`.
         invariant: Whether they are of the first kind, of which P and Q travel: their sizes are the same at all layers.
         mix: In the place of :math:`\sigma(\beta)`; None: it is learnt, from 0.5 on.
     """
 
-    def __init__(self, layer: nn.Linear, rank: int, scale: float, invariant: bool, mix: float | None) -> None:
+    def __init__(self, layer: nn.Module, rank: int, scale: float, invariant: bool, mix: float | None) -> None:
         super().__init__()
         self.scale, self.mix, self.invariant = scale, mix, invariant
-        inputs, outputs = layer.in_features, layer.out_features
+        outputs, inputs = layer_sides(layer)
         if invariant:
             self.register_buffer("fixed_a", closest_orthonormal(torch.randn(rank, inputs)))
             self.register_buffer("fixed_b", closest_orthonormal(torch.randn(outputs, rank)))
@@ -153,7 +153,7 @@ class MosaicModel(FederatedModule):
             self.layers[name] = _places(adapters.layers(backbone), backbone, parts, where)
             self.adapters[name] = nn.ModuleDict(
                 {
-                    key: TwoAdapters(backbone.get_submodule(layer), rank, alpha / rank, place is not None, mix)  # type: ignore[arg-type]
+                    key: TwoAdapters(backbone.get_submodule(layer), rank, alpha / rank, place is not None, mix)
                     for key, (layer, place) in self.layers[name].items()
                 }
             )
@@ -163,11 +163,11 @@ class MosaicModel(FederatedModule):
                     f"{', '.join(self.invariant(FIRST))}; got {', '.join(self.invariant(name))}"
                 )
         self.anchor.requires_grad_(False)
-        tokens = any(isinstance(part, nn.Embedding) for part in self.backbone.modules())
         self._public: Tensor | None = None
         if others:
+            known = min(_vocabulary(self.backbone_of(name)) for name in self.choice.names)
             shape = (public, in_channels, image_size, image_size)
-            self._public = torch.randint(num_classes, (public, image_size)) if tokens else torch.randn(shape)
+            self._public = torch.randint(known, (public, image_size)) if known else torch.randn(shape)
             self.align(self._public)
 
     def backbone_of(self, name: str) -> nn.Module:
@@ -270,8 +270,9 @@ class MosaicModel(FederatedModule):
     def relevance(self, batch: Batch) -> Tensor:
         """Return the gradient (out, in) of a batch's loss by the last linear layer of the first backbone."""
         x, y = batch
-        layers = [name for name, part in self.backbone.named_modules() if isinstance(part, nn.Linear)]
-        name = f"{layers[-1]}.weight"
+        parts = self.backbone.named_modules()
+        layers = [(name, part) for name, part in parts if isinstance(part, nn.Linear) or is_transposed(part)]
+        name, last = f"{layers[-1][0]}.weight", layers[-1][1]
         weight = self.backbone.get_parameter(name).detach().requires_grad_()
         was = self.backbone.training
         self.backbone.eval()
@@ -279,7 +280,7 @@ class MosaicModel(FederatedModule):
             outputs = self.anchor(functional_call(self.backbone, {name: weight}, (x,)))
             [gradient] = torch.autograd.grad(self.criterion(outputs, y), weight)
         self.backbone.train(was)
-        return gradient
+        return gradient.T if is_transposed(last) else gradient
 
 
 class MosaicSharing(Sharing):
@@ -459,8 +460,8 @@ def _places(layers: Sequence[str], backbone: nn.Module, parts: int, where: str) 
     """Return, by a name without dots, each linear layer within a block, with its place if its block ends a part."""
     found = []
     for layer in layers:
-        match = re.search(r"(?:^|\.)(\d+)\.(.+)$", layer)
-        if match and isinstance(backbone.get_submodule(layer), nn.Linear):
+        match = re.search(r"(?:^|\.)h?(\d+)\.(.+)$", layer)
+        if match and not isinstance(backbone.get_submodule(layer), nn.Conv2d):
             found.append((layer, int(match[1]), match[2]))
     depths = sorted({number for _, number, _ in found})
     if len(depths) < parts:
@@ -471,6 +472,11 @@ def _places(layers: Sequence[str], backbone: nn.Module, parts: int, where: str) 
         layer.replace(".", "_"): (layer, f"{ends.index(number)}|{rest}" if number in ends else None)
         for layer, number, rest in found
     }
+
+
+def _vocabulary(backbone: nn.Module) -> int:
+    """Return how many tokens a backbone knows; 0 where it reads none."""
+    return next((part.num_embeddings for part in backbone.modules() if isinstance(part, nn.Embedding)), 0)
 
 
 def _keep(found: dict[str, Tensor], place: str) -> Callable[..., None]:

@@ -148,7 +148,7 @@ class Adapters:
             chosen = [name for target in self.targets for name in _fits(target, known, linear)]
             chosen = [name for name in known if name in set(chosen)]
         for name in chosen:
-            sides = _sides(known[name])
+            sides = layer_sides(known[name])
             if self.rank > min(sides):
                 raise ArgumentError(
                     f"rank must be at most {min(sides)}, the smaller side of {name} "
@@ -212,7 +212,7 @@ def adapted_layers(module: nn.Module) -> list[AdaptedLayer]:
     for name, part in module.named_modules():
         if hasattr(part, "lora_A") and ADAPTER in part.lora_A:
             base: Any = part.get_base_layer()
-            found.append(AdaptedLayer(name, float(part.scaling[ADAPTER]), weight_shape(base), _is_transposed(base)))
+            found.append(AdaptedLayer(name, float(part.scaling[ADAPTER]), weight_shape(base), is_transposed(base)))
     return found
 
 
@@ -345,7 +345,7 @@ def _weights(backbone: nn.Module) -> dict[str, nn.Module]:
     return {
         name: part
         for name, part in layers.items()
-        if (isinstance(part, nn.Linear) or _is_transposed(part) or (isinstance(part, nn.Conv2d) and part.groups == 1))
+        if (isinstance(part, nn.Linear) or is_transposed(part) or (isinstance(part, nn.Conv2d) and part.groups == 1))
         # Its weight is used, but its forward is not.
         and not isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
     }
@@ -369,10 +369,11 @@ def _fits(target: str, known: Mapping[str, nn.Module], linear: Mapping[str, nn.M
     return fits
 
 
-def _sides(part: Any) -> tuple[int, int]:
+def layer_sides(part: Any) -> tuple[int, int]:
+    """Return how many numbers leave a layer, and how many come in."""
     rows, *rest = weight_shape(part)
     columns = prod(rest)
-    return (columns, rows) if _is_transposed(part) else (rows, columns)
+    return (columns, rows) if is_transposed(part) else (rows, columns)
 
 
 def _own(part: Any) -> Any:
@@ -380,7 +381,8 @@ def _own(part: Any) -> Any:
     return part.get_base_layer() if hasattr(part, "lora_A") else part
 
 
-def _is_transposed(part: nn.Module) -> bool:
+def is_transposed(part: nn.Module) -> bool:
+    """Tell whether a layer's weight is (in, out)."""
     return is_conv1d(part) or (isinstance(part, CompactLinear) and part.transposed)
 
 

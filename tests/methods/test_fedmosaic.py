@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,19 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fl_lightning.methods.fedmosaic import MosaicModel, RelevanceMean, canonical_map, closest_orthonormal
+from fl_lightning.methods.fedmosaic import (
+    MosaicModel,
+    RelevanceMean,
+    canonical_map,
+    closest_orthonormal,
+    similarity,
+)
 from fl_lightning.models.model import Model
 from fl_lightning.models.timm import vit
-from fl_lightning.run.training import Federation
+from fl_lightning.run.config import plain
+from fl_lightning.run.folder import RunFolder
+from fl_lightning.run.overrides import composed
+from fl_lightning.run.training import Federation, assemble
 from fl_lightning.seeding import derive_seed
 from fl_lightning.state import num_bytes
 from tests.federations import TRANSFORMER, assert_same, federation, tiny_model, tiny_transformer
@@ -136,6 +146,84 @@ def test_two_rounds_by_hand_with_unlike_architectures(tiny_root: Path, tmp_path:
     gates = [name for name in run.clients[1].personal if name.endswith("gate")]
     assert gates
     assert all(run.clients[1].personal[name] != 0 for name in gates)
+
+
+@pytest.mark.every
+def test_texts_with_unlike_backbones_by_hand(tmp_path: Path) -> None:
+    """A round on small GPT-2s of other widths and depths, whose layers have transposed weights."""
+    root = tmp_path / "reviews"
+    root.mkdir()
+    for shop in ("books", "shoes", "tea"):
+        lines = [{"text": f"{['bad', 'good'][n % 2]} {shop} {n % 7}", "label": n % 2} for n in range(20)]
+        (root / f"{shop}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    still = "n_positions: 16, vocab_size: 256, resid_pdrop: 0, embd_pdrop: 0, attn_pdrop: 0, bos_token_id: 0"
+    form = f"model_type: gpt2, n_head: 2, eos_token_id: 0, {still}"
+    other = (
+        f"_target_: fl_lightning.models.hf.hf, kind: sequence, padding: 0, config: {{n_embd: 6, n_layer: 3, {form}}}"
+    )
+    words = ["data=texts", f"data.root={root}", "data.label=label", "data.length=16", "data.batch_size=4", "model=hf"]
+    words += [
+        "model.kind=sequence",
+        "model.padding=0",
+        "~model.config",
+        f"+model.config={{n_embd: 8, n_layer: 2, {form}}}",
+    ]
+    words += ["method=fedmosaic", "module.parts=2", "module.rank=3", f"module.others={{narrow: {{{other}}}}}"]
+    words += ["module.clients={books: model, shoes: narrow, tea: narrow}", "optimizer=sgd", "optimizer.momentum=0"]
+    words += [
+        "callbacks.relevance.noise=0",
+        "callbacks.relevance.every=1",
+        "callbacks.relevance.keep=0.5",
+        "loop.rounds=1",
+    ]
+    run = assemble(
+        plain(composed("train", [*words, "optimizer.lr=0.1", "logger=none", "dashboard=null"])), RunFolder(tmp_path)
+    )
+    module: Any = copy.deepcopy(run.module).double()
+    run.fit()
+    rule: Any = run.loop.aggregator
+    assert module._public.max() > 100  # of all tokens, not of the two classes
+    for client, name in zip(run.clients, ("model", "narrow", "narrow"), strict=True):
+        prefix = f"adapters.{name}."
+        mine = {n.removeprefix(prefix): x.clone() for n, x in module.state_dict().items() if n.startswith(prefix)}
+        backbone, head = copy.deepcopy(module.backbone_of(name)), copy.deepcopy(module.head)
+        if name != "model":
+            head = copy.deepcopy(module.others[name].head)
+        for key, (layer, _) in module.layers[name].items():
+            above, _, last = layer.rpartition(".")
+            setattr(backbone.get_submodule(above), last, Beside(backbone.get_submodule(layer), key, mine, 8 / 3))
+        trained = {n: mine[n].requires_grad_() for n in mine if ".local." in n or n.endswith("gate")}
+        assert {n.partition(".")[0] for n in trained} == set(module.layers[name])
+        parameters = [*trained.values(), *head.parameters()]
+        client.data.seed(derive_seed(run.loop.seed, "batches", 0, client.id))
+        gradients = []
+        for x, y in client.data.train_dataloader():
+            common = copy.deepcopy(module)
+            weight = common.backbone.transformer.h[-1].mlp.c_proj.weight.requires_grad_()
+            [g] = torch.autograd.grad(functional.cross_entropy(common.anchor(common.backbone(x)), y), weight)
+            gradients.append(g.T[:4])
+            slopes = torch.autograd.grad(functional.cross_entropy(head(backbone(x)), y), parameters, allow_unused=True)
+            with torch.no_grad():
+                for p, slope in zip(parameters, slopes, strict=True):
+                    p -= 0.1 * slope
+        for n in trained:
+            torch.testing.assert_close(client.personal[prefix + n].double(), mine[n], rtol=1e-4, atol=1e-6, msg=n)
+        torch.testing.assert_close(
+            rule.vectors[client.id].double(), sum(gradients) / len(gradients), rtol=1e-4, atol=1e-6
+        )
+    # What is of one size goes to all; plain adapters go to those of the same architecture.
+    infos = rule.clients
+    near = torch.stack([similarity(rule.vectors[0], rule.vectors[k]) for k in (1, 2)]).div(0.5).softmax(0)
+    down = rule.broadcast({}, infos[0])
+    for place, key in module.invariant("model").items():
+        parts = [rule.adapters[k][f"{place}|p"] for k in (1, 2)]
+        assert all(part.abs().sum() > 0 for part in parts)
+        mixed = near[0] * parts[0] + near[1] * parts[1]
+        torch.testing.assert_close(down[f"adapters.model.{key}.received.p"], mixed)
+    plainly = {key for key in module.layers["narrow"] if key not in module.invariant("narrow").values()}
+    assert plainly
+    assert all(f"adapters.narrow.{key}.received.a" in rule.broadcast({}, infos[1]) for key in plainly)
+    assert not any("|".join(("narrow", key, "a")) in rule.adapters[0] for key in plainly)
 
 
 def run_of(tiny_root: Path, folder: Path, *overrides: str) -> Federation:
