@@ -30,6 +30,8 @@ class ClientInfo:
         batch_size: Training examples of a batch.
         unseen: Whether it never trains, and is only evaluated on.
         stays: Whether a model of its own never leaves it in whole, so that it is tried on its own data alone.
+        device: What its machine can do, as it says itself: ``memory`` in bytes, ``flops_per_second``; what it does not
+            say is missing.
     """
 
     id: int
@@ -41,6 +43,7 @@ class ClientInfo:
     batch_size: int = 1
     unseen: bool = False
     stays: bool = False
+    device: dict[str, float] = field(default_factory=dict)
 
     @property
     def num_examples(self) -> int:

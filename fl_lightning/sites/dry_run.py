@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,20 @@ class Watch(FederatedCallback):
         self.update = update
 
 
-def print_what_leaves(name: str, words: Sequence[str]) -> None:
+def print_what_leaves(name: str, words: Sequence[str], device: Mapping[str, float] | None = None) -> None:
     """Train one round here as the server's command says, and print what an update would hold.
 
     Args:
         name: Of the site.
         words: Configuration of the site and of the server together.
+        device: What the site says of its machine, by which a split model is cut.
     """
     config = plain(composed("train", [*words, *QUIET]))
     config["data"]["client"] = name
-    in_turn = ((config["callbacks"] or {}).get("server") or {}).get("in_turn")
+    server = (config["callbacks"] or {}).get("server") or {}
+    in_turn = server.get("in_turn")
+    if "profiles" in server:
+        server["profiles"] = [{**profile, **(device or {})} for profile in server["profiles"]]
     executor = SplitExecutor if in_turn else SerialExecutor
     config["executor"] = {"_target_": f"{executor.__module__}.{executor.__qualname__}"}
     logging.getLogger("fl_lightning").setLevel(logging.WARNING)
@@ -54,7 +59,7 @@ def print_what_leaves(name: str, words: Sequence[str]) -> None:
         run.loop.add_callback("watch", watch)
         run.fit()
     assert watch.update is not None
-    info = Client(0, run.clients[0].data).describe()
+    info = replace(Client(0, run.clients[0].data).describe(), device=dict(device or {}))
     print(f"Once: the description of the data\n  {_plain(info)}")
     print("Every round: an update")
     total = 0

@@ -9,7 +9,8 @@ import torch
 
 from fl_lightning.client import Broadcast, ClientInfo, Exam, Fit, Scores, Update
 from fl_lightning.executors.executor import Message
-from fl_lightning.sites.frame import MessageError, integer
+from fl_lightning.sites.frame import MessageError, integer, number
+from fl_lightning.split.cost import MEASURED
 from fl_lightning.state import State
 
 Content = tuple[dict[str, Any], dict[str, State]]
@@ -115,6 +116,8 @@ def described(info: ClientInfo) -> Content:
     """Say what the server may know of a client."""
     fields = ("num_train", "num_val", "num_test", "batch_size")
     header = {"kind": "description", **{name: getattr(info, name) for name in fields}}
+    if info.device:
+        header["device"] = info.device
     return header, {"labels": {"counts": info.label_counts}}
 
 
@@ -129,7 +132,11 @@ def read_info(header: Mapping[str, Any], states: Mapping[str, State], name: str)
         counts = states["labels"]["counts"]
     except KeyError as error:
         raise MessageError("a description must hold the counts of labels") from error
-    return ClientInfo(0, name, train, val, test, counts, integer(header, "batch_size"))
+    device = header.get("device", {})
+    if not isinstance(device, dict) or device.keys() - set(MEASURED):
+        raise MessageError(f"`device` of a description may hold {' and '.join(MEASURED)}, got {device!r}")
+    device = {key: number(device, str(key), 0.0) for key in device}
+    return ClientInfo(0, name, train, val, test, counts, integer(header, "batch_size"), device=device)
 
 
 def torch_type(name: Any) -> torch.dtype:

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import fl_lightning
 from fl_lightning import files
+from fl_lightning.checks import above
 from fl_lightning.run.folder import RunFolder
 from fl_lightning.sites.dry_run import print_what_leaves
 from fl_lightning.sites.frame import MAX_BYTES, decode, encode
@@ -135,6 +136,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--fingerprint", default="", help="the configuration that this site agrees to; begin suffices")
     options.add_argument("--keep-model", action="store_true", help="never hand the client's model over in whole")
     options.add_argument("--trust", action="append", default=[], help="a package of your own that the server may name")
+    options.add_argument("--memory", type=float, help="bytes that a fit may take here, by which a split model is cut")
+    options.add_argument("--speed", type=float, help="floating-point operations a second of a fit here, likewise")
     options.add_argument("--once", action="store_true", help="end with the first run")
     options.add_argument("--patience", type=float, default=86400.0, help="seconds for which a server is called again")
     options.add_argument("--max-bytes", type=int, default=MAX_BYTES, help="longest message")
@@ -154,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = chosen.folder or Path("sites") / chosen.name
     try:
         if chosen.dry_run:
-            print_what_leaves(chosen.name, chosen.overrides)
+            print_what_leaves(chosen.name, chosen.overrides, device_of(chosen))
             return
         if chosen.show_token:
             print(f"{chosen.name}: {token_digest(read_token(folder))}")
@@ -164,6 +167,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on where it was")
+
+
+def device_of(chosen: argparse.Namespace) -> dict[str, float]:
+    """Return what the options say of this machine.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+    told = {"memory": chosen.memory, "flops_per_second": chosen.speed}
+    for name, option in (("memory", "--memory"), ("flops_per_second", "--speed")):
+        if told[name] is not None:
+            above(option, told[name], 0)
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def work(chosen: argparse.Namespace, folder: Path) -> None:
@@ -191,6 +207,7 @@ def work(chosen: argparse.Namespace, folder: Path) -> None:
         trust=chosen.trust,
         agreed=chosen.fingerprint,
         stays=chosen.keep_model,
+        device=device_of(chosen),
     )
     try:
         RunFolder(folder).hold()

@@ -31,6 +31,7 @@ from fl_lightning.sites.frame import MAX_BYTES, MessageError, decode_states, enc
 from fl_lightning.sites.held import LostError, Store
 from fl_lightning.sites.settings import COMMON
 from fl_lightning.sites.turn import Dialog, EndedError, RemoteBody
+from fl_lightning.split.cost import ClientProfile
 from fl_lightning.split.cut import Cut
 from fl_lightning.split.exchange import Exchange
 from fl_lightning.split.module import SplitModule
@@ -59,9 +60,10 @@ class Site:
         trust: Packages beside the known ones whose classes the server may name.
         agreed: Begin of the fingerprint of the configuration that this site agrees to; empty: any.
         stays: Whether the model of a client never leaves in whole, to be scored elsewhere.
+        device: What this machine can do: ``memory`` in bytes, ``flops_per_second``, above 0; either may be missing.
 
     Raises:
-        ValueError: If the configuration says what is the server's to say.
+        ValueError: If the configuration says what is the server's to say, or a number is out of its range.
     """
 
     def __init__(
@@ -73,9 +75,12 @@ class Site:
         trust: Sequence[str] = (),
         agreed: str = "",
         stays: bool = False,
+        device: Mapping[str, float] | None = None,
     ) -> None:
         self.name, self.folder, self.threads = name, folder, threads
         self.trust, self.agreed, self.stays = list(trust), agreed, stays
+        self.device = dict(device or {})
+        ClientProfile.of(self.device)
         self.given = {word.partition("=")[0].lstrip("+"): word.partition("=")[2] for word in words}
         for key in self.given:
             if key.partition(".")[0].partition("/")[0] not in OWN:
@@ -151,7 +156,7 @@ class Site:
         data = self._described[1]
         own = data.clients[0]
         own.batch_size = self._batch_size
-        content, found = messages.described(Client(own.id, own).describe())
+        content, found = messages.described(replace(Client(own.id, own).describe(), device=self.device))
         x, y = data.first_examples(1), data.first_targets(1)
         if not isinstance(x, torch.Tensor):
             raise RefusedError(f"examples at a site must be tensors, got a {type(x).__name__}")

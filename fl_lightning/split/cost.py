@@ -19,6 +19,9 @@ from fl_lightning.split.blocks import Chain
 from fl_lightning.split.cut import Cut
 from fl_lightning.split.traffic import Traffic
 
+MEASURED = ("flops_per_second", "memory")
+"""What a client can say of its own machine, of what `ClientProfile` holds."""
+
 
 @dataclass(frozen=True)
 class BlockProfile:

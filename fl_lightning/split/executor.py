@@ -23,6 +23,7 @@ from fl_lightning.split.alignment import Alignment
 from fl_lightning.split.blocks import check
 from fl_lightning.split.body import MakeOptimizer
 from fl_lightning.split.cost import (
+    MEASURED,
     BatchSeconds,
     ClientProfile,
     LatencyModel,
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
 
 Schedule = Literal["sequential", "asynchronous"]
 PREFIX = "split/"
-MEASURED = ("flops_per_second", "memory")
 TRAINED = {True: "one body, one client after another", False: "a body for each client, averaged"}
 
 
@@ -104,9 +104,10 @@ class SplitServer(SplitFit):
 
     Args:
         policy: Chooses every client's cut, once; all legal cuts in turn by default.
-        profiles: What the clients' devices can do (``flops_per_second, memory, up, down``), used in turn.
+        profiles: What the clients' devices can do (``flops_per_second, memory, up, down``), used in turn. What a client
+            declares of itself (``python -m fl_lightning.site --memory --speed``) goes before it.
         measure: Whether every client measures its own free memory and its speed before the first round, and reports
-            them; ``profiles`` then says what its links can do.
+            them; ``profiles`` then says what its links can do. What a client declares goes before what it measures.
         server_flops_per_second: Speed of the server, above 0.
         optimizer: As in `SplitFit`.
         keep_optimizer: Whether the body's optimizer lives on from fit to fit; else each fit starts a fresh one.
@@ -196,7 +197,10 @@ class SplitServer(SplitFit):
             answers = loop.ask(self.name, loop.clients, with_state=False)
             self.reported = {client: {key: float(t) for key, t in told.items()} for client, told in answers.items()}
         given = {client: self.profiles[index % len(self.profiles)] for index, client in enumerate(ids)}
-        self._profile_of = {client: replace(given[client], **self.reported.get(client, {})) for client in ids}
+        self._profile_of = {
+            client.id: replace(given[client.id], **{**self.reported.get(client.id, {}), **client.device})
+            for client in loop.clients
+        }
         self.latency = self.latency_model(module, x, loop.clients[0].batch_size, loop.local.optimizer)
         if not self.chosen:  # a resumed run goes on with the recorded choice
             choice = self.choose_cuts(module, self.latency, list(self._profile_of.values()))
@@ -319,6 +323,7 @@ class SplitServer(SplitFit):
                 "end": module.end,
                 "blocks": list(module.blocks),
                 "cuts": {client.name: self.cuts[client.id].at for client in loop.clients},
+                "declared": {c.name: c.device for c in loop.clients if c.device},
                 "measured": {c.name: self.reported[c.id] for c in loop.clients if c.id in self.reported},
                 "trained": TRAINED[self.in_turn],
                 "missed_rounds": self.missed,

@@ -73,7 +73,7 @@ class BudgetCuts:
                 return Cut(start, at, end).check(len(model.blocks))
         raise ValueError(
             f"client {index} cannot even hold the cut {start}: it would need {memory} of {client.memory:.0f} bytes; "
-            "lower data.batch_size or module.start, or raise its memory in callbacks.server.profiles"
+            "lower data.batch_size or module.start, or raise its memory (callbacks.server.profiles, a site's --memory)"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +15,12 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from fl_lightning.callback import FederatedCallback
+from fl_lightning.client import ClientInfo
 from fl_lightning.run.config import plain
 from fl_lightning.run.folder import RunFolder
 from fl_lightning.run.overrides import composed
 from fl_lightning.run.training import Federation, assemble
+from fl_lightning.sites import messages
 from fl_lightning.sites.dry_run import print_what_leaves
 from fl_lightning.sites.executor import SitesExecutor
 from fl_lightning.sites.frame import MessageError, decode_states, encode_states
@@ -26,6 +28,7 @@ from fl_lightning.sites.held import Store
 from fl_lightning.sites.site import Site
 from fl_lightning.sites.turn import Turn
 from fl_lightning.split.body import ServerBody
+from fl_lightning.split.executor import SplitServer
 from fl_lightning.split.module import SplitModule
 from tests import simulated_device
 from tests.federations import assert_same, federation, outcome
@@ -51,9 +54,11 @@ class Near:
         self.gone: set[str] = set()
         self.asked: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
 
+    def data_of(self, name: str) -> Sequence[str]:
+        return self.words or ["data=folder", f"data.root={self.root / name}.npz"]
+
     def new(self, name: str) -> Site:
-        data = self.words or ["data=folder", f"data.root={self.root / name}.npz"]
-        return Site(name, self.folder / name, data, trust=["tests"])
+        return Site(name, self.folder / name, self.data_of(name), trust=["tests"])
 
     @contextmanager
     def called(self) -> Iterator[None]:
@@ -340,13 +345,46 @@ def test_a_site_without_work_wants_the_turn_from_its_beginning(tiny_root: Path, 
     assert answer == {"kind": "need", "what": ["turn"]}
 
 
+@pytest.mark.every
+def test_a_site_is_cut_by_what_it_declares(tiny_root: Path, tmp_path: Path) -> None:
+    """Ann is too slow for all but the earliest cut, bob holds and computes anything, cid has a profile."""
+    near = Near(tiny_root, tmp_path / "sites")
+    for name, device in {"ann": {"flops_per_second": 1.0}, "bob": {"flops_per_second": 1e15, "memory": 1e12}}.items():
+        near.sites[name] = Site(name, tmp_path / name, near.data_of(name), trust=["tests"], device=device)
+    slow = (
+        "callbacks.server.profiles=[{flops_per_second: 1.0e+15},{flops_per_second: 1.0, memory: 1.0},{memory: 1.0e+12}]"
+    )
+    words = ("method=flexp_sfl", "module.end=0", "loop.rounds=0", "callbacks.everyone=null", slow)
+    with near.called():
+        run = at_sites(tiny_root, tmp_path / "server", 1, *words)
+    run.fit()
+    server = run.loop.callbacks["server"]
+    assert isinstance(server, SplitServer)
+    found = server.results(run.loop)["split"]
+    assert [server._profile_of[number].memory for number in range(3)] == [float("inf"), 1e12, 1e12]
+    last = run.module.end - 1  # type: ignore[operator]
+    assert found["cuts"] == {"ann": 1, "bob": last, "cid": last}
+    assert last > 1
+    assert found["declared"] == {"ann": {"flops_per_second": 1.0}, "bob": {"flops_per_second": 1e15, "memory": 1e12}}
+
+
+@pytest.mark.parametrize("device", [{"memory": -1.0}, {"memory": "much"}, {"disk": 1.0}, [1.0]])
+def test_a_device_that_is_none_is_refused(device: Any) -> None:
+    own = ClientInfo(0, "ann", 1, 1, 1)
+    header, states = messages.described(own)
+    assert "device" not in header
+    with pytest.raises(MessageError, match="number above 0|may hold"):
+        messages.read_info({**header, "device": device}, states, "ann")
+
+
 @pytest.mark.slow
 def test_a_dry_run_says_what_leaves_with_a_batch(tiny_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cuts = ["split_policy=fixed", "callbacks.server.policy.cuts=[2]", "module.end=0"]
     words = [f"data.root={tiny_root / 'ann.npz'}", "method=flexp_sfl", "model=lenet5", "data=folder", *cuts]
-    print_what_leaves("ann", [*words, "model._target_=tests.federations.tiny_model"])
+    print_what_leaves("ann", [*words, "model._target_=tests.federations.tiny_model"], {"memory": 2e9})
     said = capsys.readouterr().out
     assert "  0 bytes of tensors" in said
+    assert "'device': {'memory': 2000000000.0}" in said
     assert "activation  float32 (N, 4, 4, 4)\n  gradient  float32 (N, 16)\n  base  float32 (N, 4, 4, 4)" in said
 
 
