@@ -209,8 +209,9 @@ def work(chosen: argparse.Namespace, folder: Path) -> None:
         stays=chosen.keep_model,
         device=device_of(chosen),
     )
+    held = RunFolder(folder)  # its lock goes with it
     try:
-        RunFolder(folder).hold()
+        held.hold()
     except ValueError:
         raise ValueError(f"another process runs in {folder}; end it, or choose another --folder") from None
 

@@ -13,11 +13,12 @@ import secrets
 import shlex
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Listener
+from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
 from pathlib import Path
 from typing import Protocol
 
@@ -34,6 +35,9 @@ WORKING, UNKNOWN = b"", b"?"
 
 Digest = bytes
 """SHA-256 of a request, which stands for it once it has been handed over; a request itself is longer."""
+
+PAST = 100
+"""Requests that a door remembers; one that comes again after the next is late, and nobody waits for its answer."""
 
 MARK = 16
 """Bytes before a request by which it differs from an equal one: that is done, too."""
@@ -52,7 +56,8 @@ class Carrier(Protocol):
 class Door:
     """Where the framework's process beside a site hands in requests: at the loopback, for who can read the token.
 
-    The address is left in the folder. There is no pickle: bytes alone are read.
+    The address is left in the folder. There is no pickle: bytes alone are read. Each call is heard by a thread of its
+    own: a caller who says nothing keeps nobody waiting.
 
     Args:
         name: Of the site.
@@ -61,11 +66,13 @@ class Door:
     """
 
     def __init__(self, name: str, folder: Path, token: str) -> None:
-        self._listener = Listener(("127.0.0.1", 0), backlog=8, authkey=token.encode())
+        self._listener = Listener(("127.0.0.1", 0), backlog=8)
+        self._key = token.encode()
         self._file = folder / "door"
         self._file.write_text(f"{name}\n{self._listener.address[1]}\n")
         self._change = threading.Condition()
         self._digest: Digest = b""
+        self._past: deque[Digest] = deque(maxlen=PAST)
         self._request: bytes | None = None
         self._answer: bytes | None = None
         self._fetched = False
@@ -105,11 +112,22 @@ class Door:
     def _listen(self) -> None:
         while not self._closed:
             try:
-                with self._listener.accept() as call:
-                    call.send_bytes(self._take(call.recv_bytes()))
-            except (OSError, EOFError, AuthenticationError) as error:
+                call = self._listener.accept()
+            except OSError as error:
                 if not self._closed:
-                    log.warning("a call at the door failed: %s", error or type(error).__name__)
+                    log.warning("a call at the door failed: %s", error)
+                continue
+            threading.Thread(target=self._hear, args=(call,), daemon=True).start()
+
+    def _hear(self, call: Connection) -> None:
+        try:
+            with call:
+                deliver_challenge(call, self._key)
+                answer_challenge(call, self._key)
+                call.send_bytes(self._take(call.recv_bytes()))
+        except (OSError, EOFError, AuthenticationError) as error:
+            if not self._closed:
+                log.warning("a call at the door failed: %s", error or type(error).__name__)
 
     def _take(self, message: bytes) -> bytes:
         short = len(message) == hashlib.sha256().digest_size
@@ -118,8 +136,11 @@ class Door:
             if digest != self._digest:
                 if short:
                     return UNKNOWN
+                if digest in self._past:
+                    return WORKING
                 if not self._change.wait_for(lambda: self._request is None or self._answer is not None, POLL):
                     return WORKING  # still at the request before, which nobody waits for any more
+                self._past.append(self._digest)
                 self._digest, self._request, self._answer = digest, message[MARK:], None
                 self._change.notify_all()
             if not self._change.wait_for(lambda: self._answer is not None, POLL) or self._answer is None:

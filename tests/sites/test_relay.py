@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -9,13 +10,15 @@ from contextlib import contextmanager
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fl_lightning.sites import relay
+from fl_lightning.sites.held import Store
 from fl_lightning.sites.process import read_token, serve_hosted
 from fl_lightning.sites.relay import UNKNOWN, WORKING, Door, carried_by, knock, run_command
-from tests.federations import assert_same, by_name, federation, outcome
+from tests.federations import add_recorder, assert_same, by_name, federation, outcome
 from tests.sites.federation import NAMES, LockedSite
 
 
@@ -39,23 +42,30 @@ class Lossy:
         return answer
 
 
+class Life:
+    """A site's process, as a thread: its state is what is in its folder, so it can be ended and begun again."""
+
+    def __init__(self, root: Path, folder: Path, name: str) -> None:
+        data = ["data=folder", f"data.root={root / name}.npz"]
+        self.site = LockedSite(name, folder / name, data, trust=["tests"])
+        self.door = Door(name, folder / name, read_token(folder / name))
+        self.thread = threading.Thread(target=quietly, args=(self.site, self.door), daemon=True)
+        self.thread.start()
+
+    def end(self) -> None:
+        self.door.close()
+        self.thread.join(10.0)
+        assert not self.thread.is_alive()
+
+
 @contextmanager
-def doors(root: Path, folder: Path) -> Iterator[dict[str, LockedSite]]:
-    sites, opened, threads = {}, [], []
-    for name in NAMES:
-        own = folder / name
-        sites[name] = LockedSite(name, own, ["data=folder", f"data.root={root / name}.npz"], trust=["tests"])
-        opened.append(Door(name, own, read_token(own)))
-        threads.append(threading.Thread(target=quietly, args=(sites[name], opened[-1]), daemon=True))
-        threads[-1].start()
+def doors(root: Path, folder: Path) -> Iterator[dict[str, Life]]:
+    lives = {name: Life(root, folder, name) for name in NAMES}
     try:
-        yield sites
+        yield lives
     finally:
-        for door in opened:
-            door.close()
-        for thread in threads:
-            thread.join(10.0)
-            assert not thread.is_alive()
+        for life in lives.values():
+            life.end()
 
 
 def quietly(site: LockedSite, door: Door) -> None:
@@ -63,17 +73,29 @@ def quietly(site: LockedSite, door: Door) -> None:
         serve_hosted(site, door)
 
 
+@pytest.mark.parametrize(
+    "method",
+    ["scaffold", *(pytest.param(method, marks=pytest.mark.slow) for method in ("fedper", "splitfed", "flexp_sfl"))],
+)
 def test_what_is_lost_on_the_way_changes_no_bit(
-    tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Messages and answers are lost, and a site is started anew in the midst of it; the middle of a model may cross."""
     monkeypatch.setattr(relay, "PAUSE", 0.0)
-    words = [*by_name("scaffold"), "loop.rounds=2"]
+    words = [*by_name(method), "loop.rounds=2"]
     serial = federation(tiny_root, tmp_path / "serial", *words)
     serial.fit()
     expected = outcome(serial)
-    with doors(tiny_root, tmp_path / "sites"), carried_by(carrier := Lossy(tmp_path / "sites")):
+    with doors(tiny_root, tmp_path / "sites") as lives, carried_by(carrier := Lossy(tmp_path / "sites")):
         own = ["executor=hosted", "executor.sites=3", "data.classes=3"]
         run = federation(tiny_root / "nothing", tmp_path / "server", *own, *words)
+
+        def start_anew(loop: Any) -> None:
+            if loop.round == 1:
+                lives["bob"].end()
+                lives["bob"] = Life(tiny_root, tmp_path / "sites", "bob")
+
+        add_recorder(run).on_round_end = start_anew  # type: ignore[method-assign]
         with run.open():
             run.loop.run_rounds()
             found = outcome(run)
@@ -83,6 +105,9 @@ def test_what_is_lost_on_the_way_changes_no_bit(
         {key: value for key, value in found.items() if key != "executor"},
         {key: value for key, value in expected.items() if key != "executor"},
     )
+    for name, client in zip(NAMES, serial.clients, strict=True):
+        held = Store(tmp_path / "sites" / name / f"run_{run.loop.executor.run_id}").held  # type: ignore[attr-defined]
+        assert_same((held.personal, held.memory), (client.personal, client.memory))
 
 
 def test_a_request_is_done_once_and_asked_after_by_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +123,10 @@ def test_a_request_is_done_once_and_asked_after_by_its_hash(tmp_path: Path, monk
         assert [knock("ann", tmp_path, one) for one in (digest, request)] == [b"done"] * 2
         assert knock("ann", tmp_path, b"another" * 9) == WORKING
         assert door.next() == (b"another" * 9)[relay.MARK :]
+        assert knock("ann", tmp_path, request) == WORKING, "it is late"
+        door.answer(b"done, too")
+        assert knock("ann", tmp_path, request) == WORKING
+        assert knock("ann", tmp_path, b"another" * 9) == b"done, too"
     finally:
         door.close()
 
@@ -108,9 +137,11 @@ def test_a_door_opens_to_who_knows_the_token_and_the_name(tmp_path: Path) -> Non
         port = int((tmp_path / "door").read_text().split()[1])
         with pytest.raises(AuthenticationError):
             Client(("127.0.0.1", port), authkey=b"guessed")
+        silent = socket.create_connection(("127.0.0.1", port))
         with pytest.raises(PermissionError, match="is ann, not bob; give both one name"):
             knock("bob", tmp_path, b"?")
-        assert knock("ann", tmp_path, b"0" * 32) == UNKNOWN, "the one that failed did no harm"
+        assert knock("ann", tmp_path, b"0" * 32) == UNKNOWN, "who failed and who says nothing did no harm"
+        silent.close()
     finally:
         door.close()
     with pytest.raises(ConnectionError, match="site ann is not up .*; start it: python -m fl_lightning.site --hosted"):

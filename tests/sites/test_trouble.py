@@ -6,6 +6,7 @@ import errno
 import random
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -428,13 +429,28 @@ def test_nothing_is_said_in_the_clear_beyond_this_machine() -> None:
         process.main(["--server=10.0.0.1:1", "--name=ann"])
 
 
-def test_two_processes_of_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def held(*_: Any) -> None:
-        raise ValueError("held")
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fcntl")
+def test_a_second_process_in_a_folder_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    locks = "import fcntl, sys; file = open(sys.argv[1], 'ab'); fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB); "
+    other = [sys.executable, "-S", "-c", locks + "print('held', flush=True); sys.stdin.read()", f"{tmp_path / '.lock'}"]
+    arguments = [f"--folder={tmp_path}", "--name=ann", "data=digits"]
+    tried: list[bytes] = []
 
-    monkeypatch.setattr(process.RunFolder, "hold", held)
-    with pytest.raises(SystemExit, match="another process runs in .*; end it, or choose another --folder"):
-        process.main([f"--folder={tmp_path}", "--name=ann"])
+    def serve(*_: Any) -> None:
+        second = subprocess.run(other, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        tried.append((second.stderr.splitlines() or [b"it got the lock"])[-1])
+
+    monkeypatch.setattr(process, "serve", serve)
+    with subprocess.Popen(other, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == b"held\n"
+        with pytest.raises(SystemExit, match="another process runs in .*; end it, or choose another --folder"):
+            process.main(arguments)
+        assert first.stdin is not None
+        first.stdin.close()
+    monkeypatch.setattr(process.signal, "signal", lambda *_: None)
+    process.main(arguments)
+    assert tried[0].startswith((b"BlockingIOError", b"PermissionError"))
 
 
 def test_a_site_that_is_killed_at_any_write_goes_on(tmp_path: Path) -> None:
