@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import wilcoxon
 
-from fl_lightning.checks import at_least
 from fl_lightning.evaluation.summary import mean, present, worst, worst_k
 
 
@@ -28,16 +27,6 @@ def change(values: Sequence[float], baseline: Sequence[float]) -> NDArray[np.flo
     if first.shape != second.shape or first.ndim != 1:
         raise ValueError(f"Expected the same clients in both, but got {first.size} and {second.size} values.")
     return first - second
-
-
-def share_worse(values: Sequence[float], baseline: Sequence[float], tolerance: float = 0.0) -> float:
-    """Share of clients that lose more than ``tolerance`` against a baseline, in [0, 1]; NaN without clients.
-
-    How many of them have lost more than chance would take is another matter:
-    :meth:`fl_lightning.personalization.evidence.Evidence.share_hurt`.
-    """
-    changes = present(change(values, baseline))[0]
-    return float((changes < -tolerance).mean()) if changes.size else math.nan
 
 
 def jain_fairness(values: Sequence[float]) -> float:
@@ -61,7 +50,6 @@ def jain_fairness(values: Sequence[float]) -> float:
 def harm(
     values: Sequence[float],
     baseline: Sequence[float],
-    tolerance: float = 0.0,
     k: int | None = None,
     higher_is_better: bool = True,
 ) -> dict[str, float]:
@@ -70,7 +58,6 @@ def harm(
     Args:
         values: The strategy's.
         baseline: Of the same clients, such as the un-tuned global model's.
-        tolerance: The largest loss that does not count, at least 0.
         k: How many clients ``worst_k`` looks at. Default: a tenth of them, at least one.
         higher_is_better: False for a loss: then a fall is a gain, and gains count positive all the same.
 
@@ -87,7 +74,7 @@ def harm(
     k = max(1, changes.size // 10) if k is None else k
     return {
         "mean_change": mean(changes),
-        "share_worse": float((changes < -tolerance).mean()),
+        "share_worse": float((changes < 0).mean()),
         "worst_change": worst(changes),
         "worst_k_change": worst_k(changes, k),
         "worst_k": worst_k(there, k, higher_is_better),
@@ -116,7 +103,7 @@ class PairedComparison(NamedTuple):
     p_value: float
 
 
-def compare(first: Sequence[float], second: Sequence[float], tolerance: float = 0.0) -> PairedComparison:
+def compare(first: Sequence[float], second: Sequence[float]) -> PairedComparison:
     """Compare two strategies client by client, with Wilcoxon's signed-rank test.
 
     Wilcoxon, Individual Comparisons by Ranking Methods, Biometrics Bulletin 1945, https://doi.org/10.2307/3001968.
@@ -126,14 +113,12 @@ def compare(first: Sequence[float], second: Sequence[float], tolerance: float = 
     Args:
         first: Values of one strategy.
         second: Values of the other, of the same clients.
-        tolerance: Clients whose values differ by no more than this are ties, at least 0.
     """
-    at_least("tolerance", tolerance, 0)
     # Rounded, so that 0.9 - 0.8 and 0.5 - 0.4 are equally large.
     changes = present(change(first, second))[0].round(12)
     if not changes.size:
         raise ValueError("Expected at least one client with a value in both, but got none.")
-    differing = changes[np.abs(changes) > tolerance]
+    differing = changes[changes != 0]
     wins, losses = int((differing > 0).sum()), int((differing < 0).sum())
     statistic, p_value = 0.0, 1.0
     if differing.size:

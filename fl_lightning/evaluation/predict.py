@@ -84,13 +84,6 @@ def predict(forward: Forward, batches: Iterable[Batch]) -> Batch:
     return torch.cat(outputs), torch.cat(targets)
 
 
-def predict_clients(forward: Forward, datas: Sequence[HasExamples], split: Split = "test") -> list[Batch]:
-    """Return outputs and targets of every client, on the module's device; both empty for a client without examples."""
-    nothing = (torch.empty(0), torch.empty(0, dtype=torch.long))
-    batches = [list(batches_of(data, split)) for data in datas]
-    return [predict(forward, own) if own else nothing for own in batches]
-
-
 class Logged:
     """A metric that a LightningModule logs itself, in its ``validation_step`` and ``test_step``.
 

@@ -10,7 +10,10 @@ import torch
 from PIL import Image
 from typing_extensions import override
 
-from fl_lightning.data import ClientIndices, Examples, FederatedData, ImagePool, PartitionedData, TrainTest
+from fl_lightning.data.federated_data import Examples, FederatedData
+from fl_lightning.data.partitioned_data import PartitionedData
+from fl_lightning.data.pools import ImagePool, TrainTest
+from fl_lightning.data.splits import ClientIndices
 
 
 def pool(num_images: int = 20, channels: int = 3, image_size: int = 4, num_classes: int = 3) -> ImagePool:

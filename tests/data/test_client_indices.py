@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fl_lightning.data import ClientIndices
-from fl_lightning.data.splits import hold_out, with_test, with_validation
+from fl_lightning.data.splits import ClientIndices, hold_out, with_test, with_validation
 
 
 def client(name: str, unseen: bool = False) -> ClientIndices:

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fl_lightning.data import Examples, RandomHorizontalFlip
+from fl_lightning.data.federated_data import Examples
+from fl_lightning.data.transforms import RandomHorizontalFlip
 from tests.data.made import Made, sizes
 
 

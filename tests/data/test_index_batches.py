@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from fl_lightning.data import IndexBatches, Normalization, RandomCrop, RandomHorizontalFlip
+from fl_lightning.data.batches import IndexBatches
+from fl_lightning.data.transforms import Normalization, RandomCrop, RandomHorizontalFlip
 from tests.data.made import numbered_pool, pool
 
 

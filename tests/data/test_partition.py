@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fl_lightning.data import ClientIndices, Partition
+from fl_lightning.data.partition import Partition
+from fl_lightning.data.splits import ClientIndices
 
 
 def partition() -> Partition:

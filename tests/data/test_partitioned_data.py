@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from fl_lightning.data import ClientData, Dirichlet, Iid, LabelCount
+from fl_lightning.data.client_data import ClientData
+from fl_lightning.data.partitioners import Dirichlet, Iid, LabelCount
 from tests.data.made import MadeSet
 
 

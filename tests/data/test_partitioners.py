@@ -5,8 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from fl_lightning.data import Dirichlet, Iid, LabelCount, Partitioner, Quantity, Shards
-from fl_lightning.data.partitioners import divide_alike
+from fl_lightning.data.partitioners import Dirichlet, Iid, LabelCount, Partitioner, Quantity, Shards, divide_alike
 
 LABELS = np.random.default_rng(0).permutation(np.arange(2000) % 10)
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fl_lightning.data import ImagePool, Normalization
+from fl_lightning.data.pools import ImagePool
+from fl_lightning.data.transforms import Normalization
 from tests.data.made import pool
 
 

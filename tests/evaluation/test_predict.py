@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
 
 from fl_lightning.client import Scores
-from fl_lightning.evaluation.predict import Metrics, evaluating, predict, predict_clients, score
+from fl_lightning.evaluation.predict import Metrics, evaluating, predict, score
 
 NUM_CLASSES = 4
 
@@ -191,18 +191,6 @@ def test_clients_without_any_example_score_nan(datas: list[FakeData]) -> None:
     assert math.isnan(metrics.pooled([Scores(0, 0, values, totals)], NUM_CLASSES)["accuracy"])
 
 
-def test_outputs_of_each_client(datas: list[FakeData]) -> None:
-    model = CountedForwards()
-    for data, (outputs, targets) in zip(datas, predict_clients(model, datas), strict=True):
-        if isinstance(data, EmptyData):
-            assert len(outputs) == len(targets) == 0
-        else:
-            torch.testing.assert_close(outputs, model.linear(data.x))
-            assert torch.equal(targets, data.y)
-            assert not outputs.is_inference()
-    assert sum(model.sizes) == 65
-
-
 def test_the_training_split_is_asked_for_in_order_and_not_augmented(datas: list[FakeData]) -> None:
     class TrainData(FakeData):
         def eval_dataloader(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -215,7 +203,7 @@ def test_the_training_split_is_asked_for_in_order_and_not_augmented(datas: list[
 
 def test_looking_at_the_training_loss_changes_no_training() -> None:
     """With the real client data: the order of the next epoch stays what it was."""
-    from fl_lightning.data import Digits
+    from fl_lightning.data.sets.digits import Digits
 
     clients = Digits(seed=0).clients[:2]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fl_lightning.data import CelebA
+from fl_lightning.data.sets.celeba import CelebA
 from tests.data.made import sizes, write_image
 
 NUM = 120

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fl_lightning.data import CheXpert
+from fl_lightning.data.sets.chexpert import CheXpert
 from tests.data.made import write_image
 
 HEADER = ["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", "No Finding", "Pneumonia", "Pleural Effusion"]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fl_lightning.data import CorruptedCifar
 from fl_lightning.data.sets import corrupted_cifar
+from fl_lightning.data.sets.corrupted_cifar import CorruptedCifar
 from fl_lightning.data.sets.corruptions import CORRUPTIONS
 from tests.data.made import small_cifar
 

@@ -11,9 +11,8 @@ import pytest
 import torch
 from scipy.io import savemat
 
-from fl_lightning.data import Digit5
 from fl_lightning.data.readers import read_pickled_arrays
-from fl_lightning.data.sets.digit5 import DOMAINS
+from fl_lightning.data.sets.digit5 import DOMAINS, Digit5
 
 NUM = {"train": 30, "test": 20}
 

@@ -5,8 +5,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from fl_lightning.data import Digits
-from fl_lightning.data.sets.digits import DOMAINS
+from fl_lightning.data.sets.digits import DOMAINS, Digits
 from fl_lightning.data.splits import SPLITS
 from tests.data.made import sizes
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fl_lightning.data import DomainNet
+from fl_lightning.data.sets.domainnet import DomainNet
 from tests.data.made import write_image
 
 CLASSES = ["aircraft_carrier", "airplane", "zebra"]

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from fl_lightning.data import Folder, ImageFiles, ImagePool
+from fl_lightning.data.image_files import ImageFiles
+from fl_lightning.data.pools import ImagePool
+from fl_lightning.data.sets.folder import Folder
 from tests.data.made import sizes, write_image, write_npz
 
 IMAGES, LABELS = np.zeros((2, 8, 8, 3), np.uint8), np.zeros(2, int)

@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fl_lightning.data import Folder, Iid, Npz, TorchvisionSet
+from fl_lightning.data.partitioners import Iid
+from fl_lightning.data.sets.folder import Folder
+from fl_lightning.data.sets.npz import Npz
+from fl_lightning.data.sets.torchvision_sets import TorchvisionSet
 from tests.data.made import sizes, write_npz
 
 

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_diabetes
 
-from fl_lightning.data import Digits
 from fl_lightning.data.sets.chexpert_findings import FINDINGS, CheXpertFindings
 from fl_lightning.data.sets.digit_masks import DigitMasks
+from fl_lightning.data.sets.digits import Digits
 from fl_lightning.data.sets.table import Table
 from fl_lightning.task import guess
 

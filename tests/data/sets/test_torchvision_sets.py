@@ -12,8 +12,9 @@ import pytest
 import torch
 from torchvision import datasets
 
-from fl_lightning.data import Iid, TorchvisionSet
+from fl_lightning.data.partitioners import Iid
 from fl_lightning.data.sets import torchvision_sets
+from fl_lightning.data.sets.torchvision_sets import TorchvisionSet
 from tests.data.made import sizes, write_npz
 
 
