@@ -104,18 +104,44 @@ def plain_table(
         width: Characters in a line. Columns that do not fit follow below, beside the first column. Default: those of
             the terminal that standard output is; any number where it is none.
     """
-    columns, cells = _cells(rows, columns, digits, best, str, " ± ", "{}*")
-    widths = _widths(columns, cells)
-    right = _is_number(rows, columns)
-    lines = [_pad(columns, widths, right), ["-" * width for width in widths]]
-    lines += [_pad(row, widths, right) for row in cells]
     if width is None and sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
-    parts = [
-        "".join("  ".join(line[index] for index in part).rstrip() + "\n" for line in lines)
-        for part in _parts(widths, width)
-    ]
+    laid = lay_out(rows, columns, digits, best, width)
+    lines = [_pad(laid.columns, laid.widths, laid.right), ["-" * width for width in laid.widths]]
+    lines += [_pad(row, laid.widths, laid.right) for row in laid.cells]
+    parts = ["".join("  ".join(line[index] for index in part).rstrip() + "\n" for line in lines) for part in laid.parts]
     return "\n".join(parts)
+
+
+class Layout(NamedTuple):
+    """How a table for the terminal is laid out.
+
+    Attributes:
+        columns: Their names.
+        cells: Row by row; the best carry a star.
+        widths: Characters of each column.
+        right: Whether a column is aligned to the right.
+        parts: Columns by number that stand beside each other; each part begins with the first column.
+    """
+
+    columns: list[str]
+    cells: list[list[str]]
+    widths: list[int]
+    right: list[bool]
+    parts: list[list[int]]
+
+
+def lay_out(
+    rows: Sequence[Row],
+    columns: Sequence[str] | None = None,
+    digits: int = 3,
+    best: Best | None = None,
+    width: int | None = None,
+) -> Layout:
+    """Lay a table out for the terminal. Arguments as in :func:`plain_table`; ``width`` None: any."""
+    names, cells = _cells(rows, columns, digits, best, str, " ± ", "{}*")
+    widths = _widths(names, cells)
+    return Layout(names, cells, widths, _is_number(rows, names), _parts(widths, width))
 
 
 def _parts(widths: Sequence[int], width: int | None) -> list[list[int]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from fl_lightning.evaluation.matrix import AccuracyMatrix
 from fl_lightning.evaluation.records import END, Record, curves_of, figures_of, write_records
 from fl_lightning.evaluation.results import build_personalization_results, read_json, write_json
 from fl_lightning.evaluation.summary import mean
-from fl_lightning.evaluation.tables import MeanStd, latex_table, markdown_table, mean_std, plain_table
+from fl_lightning.evaluation.tables import MeanStd, Row, latex_table, markdown_table, mean_std
 from fl_lightning.evaluation.uncertainty import Interval, holm
 from fl_lightning.personalization.evidence import LINEAR, Change, Evidence, Groups, over_clients
 from fl_lightning.personalization.measurement import SCALARS, Measurement, Measures
@@ -30,12 +31,14 @@ from fl_lightning.personalization.page import Facts, page
 from fl_lightning.personalization.selection import BEST_OF, WHO, Choice, Selection, select, wrong
 from fl_lightning.run.config import differences
 from fl_lightning.run.folder import RunFolder
+from fl_lightning.terminal import HURT, Tone, closing, of_change, prose, table
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers.logger import Logger
     from matplotlib.figure import Figure
 
     from fl_lightning.client import ClientInfo
+    from fl_lightning.personalization.decision import Decision
     from fl_lightning.personalization.scoring import Scoring
     from fl_lightning.personalization.source import Source
 
@@ -212,14 +215,23 @@ def report(
         results["newcomers"] = arrived.to_dict()
     write_json(run_folder.results, results)
     results = read_json(run_folder.results)  # where NaN is null
-    print(f"{title}\n\n{plain_table(rows, best=best)}\n*: {BEYOND} {foot}{plain_table(harmed)}")
+    tones: dict[str, Tone] = {name: of_change(name) for name in ("mean change", "worst change")}
+    tones["gain, unclear, hurt"] = _anyone_hurt
+    words = f"*: {BEYOND} {foot}"
+    print(f"{prose(title)}\n\n{table(rows, best=best)}\n{prose(words)}{table(harmed, tones=tones)}")
+    if len(clients) <= 20:
+        advice = [advice_row(one, found) for one, found in zip(clients, decisions, strict=True)]
+        tones = dict.fromkeys(("advice", "change at home"), of_change("change at home"))
+        print(f"What each client is advised, by the candidate that validates best:\n\n{table(advice, tones=tones)}")
     if arrived is not None:
         results["newcomers"] = read_json(run_folder.results)["newcomers"]
-        print(words_on_newcomers(arrived, scoring, plain_table))
+        print(words_on_newcomers(arrived, scoring, table))
     place = run_folder.path
-    print(f"run folder: {place}\ndecisions:  {place / 'report.html'}\ncurves:     tensorboard --logdir {place}")
+    last = {"run folder": str(place), "curves": f"tensorboard --logdir {quote(str(place))}"}
     if config["figures"]:
-        print(f"pictures:   {run_folder.figures}")
+        last["pictures"] = str(run_folder.figures)
+    last["next"] = f"open {place / 'report.html'} in a browser: what each client is advised, and why"
+    print(closing(last))
     return results
 
 
@@ -526,6 +538,23 @@ def harm_row(name: str, method: Mapping[str, Any], evidence: Evidence) -> dict[s
             "p": pair["p_holm"],
         }
     return row
+
+
+def advice_row(client: ClientInfo, found: Decision) -> dict[str, Any]:
+    """Return one client's row of the table of advice."""
+    candidate = f"{found.candidate} {found.setting}".strip() if found.candidate else "-"
+    return {
+        "client": client.name,
+        "advice": found.verdict,
+        "candidate": candidate,
+        "change at home": found.change.interval,
+        "test examples": client.num_test,
+        "needed to tell": found.examples,
+    }
+
+
+def _anyone_hurt(row: Row) -> str:
+    return "" if str(row.get("gain, unclear, hurt", "-")).endswith((" 0", "-")) else HURT
 
 
 def counted(changes: Sequence[Change]) -> str:

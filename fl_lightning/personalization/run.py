@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from tqdm.auto import tqdm
 
 from fl_lightning import files
 from fl_lightning.adapted import AdaptedModule
@@ -39,6 +38,7 @@ from fl_lightning.run.training import build_module, check_accelerator
 from fl_lightning.seeding import derive_seed
 from fl_lightning.sharing import Sharing
 from fl_lightning.state import State, load, match, same, snapshot
+from fl_lightning.terminal import Bar
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,10 @@ def _run(
     run_folder.keep_partition(source.data.partition)
     kept = KeptOutcomes(folder / "outcomes", snapshot(source.module.state_dict()), scoring.names)
     try:
-        outcomes = personalize(source, clients, strategies, scoring, measurement, executor, config, folder, kept)
+        with bar_of("clients personalized", strategies, config["seeds"] * len(infos)) as bar:
+            outcomes = personalize(
+                source, clients, strategies, scoring, measurement, executor, config, folder, kept, bar
+            )
         given = settled(strategies, outcomes, selection)
         arrived = None
         if plan.newcomers:
@@ -147,7 +150,8 @@ def _try_newcomers(
     measurement = Measurement([one.describe() for one in clients], scoring.names, 0, config["seed"], scoring.metric)
     kept = KeptOutcomes(place / "outcomes", snapshot(source.module.state_dict()), scoring.names)
     log.info("clients that never took part: %s", ", ".join(one.name for one in plan.newcomers))
-    outcomes = personalize(source, clients, strategies, scoring, measurement, executor, own, place, kept)
+    with bar_of("new clients personalized", strategies, own["seeds"] * len(clients)) as bar:
+        outcomes = personalize(source, clients, strategies, scoring, measurement, executor, own, place, kept, bar)
     infos = [Client(data.id, data).describe() for data in plan.newcomers]
     return arrivals(plan, by_strategy(outcomes), infos, scoring, config["seed"])
 
@@ -187,6 +191,7 @@ def personalize(
     config: Mapping[str, Any],
     folder: Path,
     kept: KeptOutcomes,
+    shown: Bar,
 ) -> list[Outcome]:
     """Run every strategy at every client, as often as there are seeds, but for what was kept by a run before.
 
@@ -200,6 +205,7 @@ def personalize(
         config: The configuration, plain.
         folder: Where models go, if they are kept.
         kept: Takes the outcomes of each strategy and seed as they end.
+        shown: Counts the clients.
 
     Returns:
         One outcome for each strategy, client and seed.
@@ -209,18 +215,13 @@ def personalize(
     numbers = range(config["seeds"])
     infos = measurement.clients
     outcomes = []
-    shown = tqdm(
-        total=len(strategies) * len(infos) * len(numbers),
-        desc="clients personalized",
-        disable=not sys.stderr.isatty(),
-        leave=False,
-    )
     for strategy in strategies:
+        work = work_of(strategy)
         done = {number: found for number in numbers if (found := kept.load(strategy, number)) is not None}
         if done:
             log.info("%s: kept from before, seeds %s", strategy.name, ", ".join(map(str, done)))
-        shown.update(len(done) * len(infos))
-        shown.set_postfix_str(strategy.name)
+        shown.skip(len(done) * len(infos), len(done) * len(infos) * work)
+        shown.show(strategy.name)
         todo = [number for number in numbers if number not in done]
         began = time.perf_counter()
         if todo and strategy.run is not None:
@@ -231,7 +232,7 @@ def personalize(
                         done.setdefault(number, []).append(replace(outcome, number=number))
                         if config["save_models"]:
                             _save(folder, strategy, done[number][-1], models.module, state)
-                    shown.update(len(todo))
+                    shown.advance(len(todo), len(todo) * work)
             for number in todo:
                 kept.save(done[number])
         elif todo:
@@ -259,7 +260,7 @@ def personalize(
                     done.setdefault(outcome.number, []).append(outcome)
                     if len(done[outcome.number]) == len(infos):
                         kept.save(done[outcome.number])
-                    shown.update()
+                    shown.advance(1, work)
             finally:
                 executor.close()
         ended = [outcome for number in numbers for outcome in done[number]]
@@ -267,9 +268,18 @@ def personalize(
         seconds = time.perf_counter() - began
         log.info("%s: local %s %.3f, %.1f s", strategy.name, scoring.metric, at_home, seconds)
         outcomes += ended
-    shown.close()
     load(source.module, start)
     return outcomes
+
+
+def work_of(strategy: Strategy) -> float:
+    """Return how long one client takes, in epochs; measuring what comes out counts as one."""
+    return 1 + (strategy.settings.get("epochs") or 1 if strategy.train else 0)
+
+
+def bar_of(words: str, strategies: Sequence[Strategy], each: int) -> Bar:
+    """Return what draws how many models are made, ``each`` with every strategy."""
+    return Bar(words, each * len(strategies), work=each * sum(work_of(strategy) for strategy in strategies))
 
 
 def _save(folder: Path, strategy: Strategy, outcome: Outcome, module: FederatedModule, state: State) -> None:

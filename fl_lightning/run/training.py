@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +33,7 @@ from fl_lightning.data.federated_data import FederatedData
 from fl_lightning.evaluation.predict import Metrics, evaluating
 from fl_lightning.evaluation.results import MetricsTable
 from fl_lightning.executors import CohortExecutor, SerialExecutor
+from fl_lightning.executors.executor import Simulation
 from fl_lightning.fit.local import LocalTraining
 from fl_lightning.fit.stock import QUIET, silence_lightning
 from fl_lightning.loop import FederatedLoop
@@ -45,6 +47,7 @@ from fl_lightning.run.own_module import adapted, arguments_of, check_adapted, ta
 from fl_lightning.run.results import finish, result_table
 from fl_lightning.seeding import derive_seed
 from fl_lightning.task import Classification, Task, described, guess
+from fl_lightning.terminal import closing, duration
 
 if TYPE_CHECKING:
     from fl_lightning.models.prompts import Prompt
@@ -102,10 +105,22 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     finally:
         loop.executor.disconnect()
     print(result_table(results))
-    print(f"run folder: {folder}")
+    here = quote(str(folder))
+    last = {"run folder": here, "time": words_on_time(results)}
     if isinstance(loop.logger, TensorBoardLogger):
-        print(f"curves:     tensorboard --logdir {comparable(folder, Path(config['paths']['log_dir']))}")
+        last["curves"] = f"tensorboard --logdir {quote(str(comparable(folder, Path(config['paths']['log_dir']))))}"
+    if run_folder.global_model.exists() and isinstance(loop.executor, Simulation):
+        last["next"] = f"python personalize.py checkpoint={here} shows who gains from a model of its own, who is harmed"
+    print(closing(last))
     return results
+
+
+def words_on_time(results: Mapping[str, Any]) -> str:
+    """Say how long the rounds took, and how much of it was training."""
+    if not results["rounds"]:
+        return "no rounds"
+    median = results["seconds_per_round_median"]
+    return f"{duration(results['seconds'])}: {results['rounds']} round(s), {median:.2g} s of training each (median)"
 
 
 def comparable(folder: Path, logs: Path) -> Path:
