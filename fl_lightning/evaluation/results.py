@@ -16,28 +16,6 @@ from torch import Tensor
 from fl_lightning.files import append_text, write_text
 
 
-def build_personalization_results(
-    methods: Mapping[str, Mapping[str, Any]], *, seeds: Sequence[int], extra: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Put together what ``results.json`` says about a personalization run.
-
-    Args:
-        methods: For each strategy its metrics by name (``local``, ``global_others``, ``feature_distortion``, ...).
-        seeds: The seeds that the metrics are means over.
-        extra: Further entries.
-    """
-    by_method = {name: dict(values) for name, values in methods.items()}
-    return merge({"seeds": list(seeds), "methods": by_method}, extra or {})
-
-
-def merge(results: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Both dicts in one."""
-    taken = sorted(set(results) & set(extra))
-    if taken:
-        raise ValueError(f"Expected `extra` to have new keys only, but {taken} are taken. Give them other names.")
-    return {**results, **extra}
-
-
 def to_json(value: Any) -> str:
     """Strict JSON that every parser reads, indented, with a line end.
 

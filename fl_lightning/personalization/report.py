@@ -19,7 +19,7 @@ from fl_lightning.evaluation.frontier import area, pareto, points_of
 from fl_lightning.evaluation.harm import PairedComparison, change, compare, harm
 from fl_lightning.evaluation.matrix import AccuracyMatrix
 from fl_lightning.evaluation.records import END, Record, curves_of, figures_of, write_records
-from fl_lightning.evaluation.results import build_personalization_results, read_json, write_json
+from fl_lightning.evaluation.results import read_json, write_json
 from fl_lightning.evaluation.summary import mean
 from fl_lightning.evaluation.tables import MeanStd, Row, latex_table, markdown_table, mean_std
 from fl_lightning.evaluation.uncertainty import Interval, holm
@@ -126,21 +126,19 @@ def report(
     definitions = DEFINITIONS.format(metric=scoring.metric)
     if measurement.others < len(clients) - 1:
         definitions += f"\nThe others are {measurement.others} of the {len(clients)} clients, the same for all models."
-    results = build_personalization_results(
-        methods,
-        seeds=list(range(config["seeds"])),
-        extra={
-            "source": source.description,
-            "seed": config["seed"],
-            "metric": scoring.metric,
-            "epochs": config["epochs"],
-            "grid": config["grid"] or {},
-            "comparisons": pairs,
-            "partition_hash": source.data.partition.hash,
-            "models_stay_at": [client.name for client in clients if client.stays],
-            "definitions": definitions,
-        },
-    )
+    results: dict[str, Any] = {
+        "seeds": list(range(config["seeds"])),
+        "methods": methods,
+        "source": source.description,
+        "seed": config["seed"],
+        "metric": scoring.metric,
+        "epochs": config["epochs"],
+        "grid": config["grid"] or {},
+        "comparisons": pairs,
+        "partition_hash": source.data.partition.hash,
+        "models_stay_at": [client.name for client in clients if client.stays],
+        "definitions": definitions,
+    }
     for name, runs in groups.items():
         for metric in scoring.names:
             matrices = [matrix_of([one.measures for one in run], clients, metric) for run in runs]

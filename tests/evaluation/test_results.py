@@ -10,7 +10,6 @@ import torch
 
 from fl_lightning.evaluation.results import (
     MetricsTable,
-    build_personalization_results,
     read_json,
     to_json,
 )
@@ -18,11 +17,6 @@ from fl_lightning.evaluation.results import (
 
 def refuse_constant(name: str) -> None:
     raise AssertionError(f"{name} is not JSON")
-
-
-def test_extra_may_not_replace_anything() -> None:
-    with pytest.raises(ValueError, match=r"\['methods'\] are taken"):
-        build_personalization_results({"ft": {"local": 0.5}}, seeds=[0], extra={"methods": {}})
 
 
 def test_json_is_strict_and_plain() -> None:
