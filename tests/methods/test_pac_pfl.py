@@ -113,6 +113,29 @@ def test_two_rounds_by_hand(tiny_root: Path, tmp_path: Path) -> None:
         assert 0 <= score.values["calibration"] <= 1
 
 
+def test_one_particle_without_a_prior_is_adam_on_the_clients_full_gradients(tiny_root: Path, tmp_path: Path) -> None:
+    """Nothing repels it, and it holds all weight: the personal predictions are the global ones."""
+    settings = ["module.particles=1", "aggregator.prior_factor=0", "aggregator.lr=0.01", "+model.batch_norm=false"]
+    run = federation(tiny_root, tmp_path, "method=pac_pfl", *settings)
+    net: Any = copy.deepcopy(run.module)
+    run.fit()
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    for _ in range(2):
+        losses = []
+        for client in run.clients:
+            x, y = (torch.cat(parts) for parts in zip(*client.data.eval_dataloader("train"), strict=True))
+            losses.append(functional.cross_entropy(net.head(net.backbone(x)), y))
+        optimizer.zero_grad()
+        torch.stack(losses).sum().backward()  # Adam follows no scale of all gradients
+        optimizer.step()
+    for name, tensor in net.state_dict().items():
+        torch.testing.assert_close(run.loop.state[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+    for client in run.clients:
+        x, _ = next(iter(client.data.eval_dataloader("test")))
+        run.module.for_client(client)
+        torch.testing.assert_close(run.module.personal_forward(x), run.module(x))
+
+
 def test_wrong_arguments_are_refused_and_one_particle_takes_given_weights() -> None:
     with pytest.raises(ValueError, match="particles"):
         PriorParticles(tiny_model(3), particles=0)
