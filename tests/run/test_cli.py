@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -200,3 +201,20 @@ def test_torch_and_torchvision_of_different_builds_are_named(
 def test_a_misspelt_key_does_not_wait_for_torch() -> None:
     code = "import sys, fl_lightning.run.command_line; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=CONF.parent, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        (lambda: sys.exit(), 143),  # so Lightning ends a fit on SIGTERM
+        (lambda: {}, 130),  # stopped after a round
+        (mock.Mock(side_effect=KeyboardInterrupt), 130),
+    ],
+    ids=["SIGTERM", "stopped", "Ctrl-C"],
+)
+def test_a_run_that_was_stopped_is_no_success(
+    end: Callable[[], Any], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("fl_lightning.run.command_line.run_work", lambda *_: end())
+    assert call("train", f"hydra.run.dir={tmp_path}") == code
+    assert "Traceback" not in capsys.readouterr().err
