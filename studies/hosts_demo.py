@@ -2,8 +2,10 @@
 
     python -m studies.hosts_demo nvflare|flower [any option of train.py]
 
-It starts the host at 127.0.0.1, three sites beside it, and stops them all at the end. Each host needs an environment of
-its own (``make nvflare``, ``make flower``).
+It starts the host at 127.0.0.1, three sites beside it, and stops them all at the end. Five methods are trained; in the
+midst of one of them a site is killed and started again; a trained model is fine-tuned at the sites. Through NVFlare the
+first method goes by ``SimEnv``, the second by ``PocEnv``, the others by ``ProdEnv``, as jobs of what that has started.
+Each host needs an environment of its own (``make nvflare``, ``make flower``).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +31,16 @@ from fl_lightning.sites.held import Held
 from studies.sites_demo import NAMES, sites, write_data
 
 METHODS = ("fedavg", "fedper", "scaffold", "fedftha", "ditto")
+KILLED = "scaffold"
+"""In the midst of which a site is killed; it has tensors of its own at the server and at the sites."""
+
+FINE_TUNING = (
+    *("personalization=[ft]", "personalization@baselines=[none]", "epochs=1", "figures=false"),
+    *("logger=none", "progress=null"),
+)
+LOGIN = 120.0
+"""Seconds that a login at NVFlare's server may take."""
+
 APP = """
 [project]
 name = "fl-lightning-sites"
@@ -59,12 +72,19 @@ def main() -> None:
     write_data(folder / "data")
     words = ["data.classes=10", "model=lenet5", "loop.rounds=2", "dashboard=null", "logger=none", "progress=null", *own]
     os.environ["FL_LIGHTNING_SITES"] = str(folder / "sites")
-    with sites(folder, "--hosted"), {"nvflare": nvflare, "flower": flower}[host](folder) as run:
-        for method in METHODS:
-            hosted = ["executor=hosted", f"executor.sites=[{','.join(NAMES)}]", f"hydra.run.dir={folder / method}"]
+    at = ["executor=hosted", f"executor.sites=[{','.join(NAMES)}]"]
+    with sites(folder, "--hosted") as start_anew, {"nvflare": nvflare, "flower": flower}[host](folder) as run:
+
+        def timed(what: str, *command: str) -> None:
             began = time.monotonic()
-            run(" ".join(["train.py", f"method={method}", *hosted, *words]))
-            print(f"{method} at the sites: {time.monotonic() - began:.0f} s", flush=True)
+            run(" ".join([*command, *at, f"hydra.run.dir={folder / what}"]))
+            print(f"{what} at the sites: {time.monotonic() - began:.0f} s", flush=True)
+
+        for method in METHODS:
+            if method == KILLED:
+                threading.Thread(target=kill, args=(folder, method, start_anew), daemon=True).start()
+            timed(method, "train.py", f"method={method}", *words)
+        timed("personalized", "personalize.py", f"checkpoint={folder / METHODS[0]}", *FINE_TUNING)
     equal = True
     for method in METHODS:
         data, simulated = ["data=folder", f"data.root={folder / 'data'}"], folder / f"{method}_simulated"
@@ -72,29 +92,49 @@ def main() -> None:
         same = equals(left_behind(folder / method, folder / "sites"), left_behind(simulated))
         print(f"{method}: sites and simulation {'are the same to the bit' if same else 'DIFFER'}", flush=True)
         equal = equal and same
+    simulated = folder / "personalized_simulated"
+    first = folder / f"{METHODS[0]}_simulated"
+    fl_lightning.personalize(first, None, "executor=serial", *FINE_TUNING, folder=simulated)
+    same = equals(fine_tuned(folder / "personalized"), fine_tuned(simulated))
+    print(f"personalize.py: sites and simulation {'are the same to the bit' if same else 'DIFFER'}", flush=True)
+    equal = equal and same
     print(f"run folders: {folder}")
     sys.exit(not equal)
 
 
+def kill(folder: Path, method: str, start_anew: Callable[[str], None]) -> None:
+    """Kill the last site once it has begun with a method, and start it again."""
+    log = folder / f"site_{NAMES[-1]}.log"
+    while f"ready for method {method}" not in log.read_text():
+        time.sleep(0.1)
+    print(f"site {NAMES[-1]} is killed in the midst of {method}", flush=True)
+    start_anew(NAMES[-1])
+
+
 @contextlib.contextmanager
 def nvflare(folder: Path) -> Iterator[Run]:
-    """Keep a provisioned NVFlare server and three clients up; the first job brings them up."""
-    from nvflare.recipe import PocEnv, ProdEnv
+    """Have the first job simulated; the second brings a provisioned server and three clients up, which stay."""
+    from nvflare.recipe import PocEnv, ProdEnv, SimEnv
 
     from fl_lightning.sites.nvflare_job import job
 
     os.environ["NVFLARE_POC_WORKSPACE"] = str(folder / "poc")
-    poc = PocEnv(num_clients=len(NAMES), clients=list(NAMES))
-    envs: list[Any] = [poc]
+    # A machine with other work needs longer than the 10 s that a login may take by default.
+    poc = PocEnv(num_clients=len(NAMES), clients=list(NAMES), extra={"login_timeout": LOGIN})
+    envs: list[Any] = [poc, SimEnv(clients=list(NAMES), workspace_root=str(folder / "simulator"))]
 
     def run(command: str) -> None:
         env = envs.pop()
-        id = env.deploy(job(command, len(NAMES)).finalize())
+        recipe = job(command, len(NAMES))
+        if isinstance(env, SimEnv):
+            recipe.execute(env).get_result()
+            return
+        id = env.deploy(recipe.finalize())
         env.get_job_result(id)
         if (status := env.get_job_status(id)) != "FINISHED:COMPLETED":
             raise RuntimeError(f"the job ended as {status}; see {folder / 'poc'}")
         # PocEnv would start all anew for every job.
-        envs.append(ProdEnv(startup_kit_location=poc._get_admin_startup_kit_path()))
+        envs.append(ProdEnv(startup_kit_location=poc._get_admin_startup_kit_path(), login_timeout=LOGIN))
 
     try:
         yield run
@@ -180,6 +220,17 @@ def left_behind(run: Path, folder: Path | None = None) -> dict[str, Any]:
             held = Held.decode(mark.read_bytes())
             own[name] = held.personal, held.memory
     return {"state": content["state"], "own": own, "scores": read_json(run / "results.json")["metrics"]}
+
+
+def fine_tuned(run: Path) -> Any:
+    """Return all that ``personalize.py`` found, but for times."""
+
+    def without_times(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: without_times(inner) for key, inner in value.items() if "second" not in key}
+        return [without_times(inner) for inner in value] if isinstance(value, list) else value
+
+    return without_times(read_json(run / "results.json")["methods"])
 
 
 def equals(one: Any, other: Any) -> bool:

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,21 +39,34 @@ def write_data(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def sites(folder: Path, connection: str) -> Iterator[None]:
-    """Keep the three sites up; ``connection`` is the option that says who connects them."""
-    processes = []
-    for name in NAMES:
+def sites(folder: Path, connection: str) -> Iterator[Callable[[str], None]]:
+    """Keep the three sites up; ``connection`` is the option that says who connects them.
+
+    Yields:
+        What kills a site, as a machine that fails would, and starts it again from its folder.
+    """
+    processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(name: str) -> None:
         command = ["-m", "fl_lightning.site", connection, f"--name={name}"]
         data = [f"--folder={folder / 'sites' / name}", "data=folder", f"data.root={folder / 'data' / name}.npz"]
         print("at site", name, ": python", *command, *data, flush=True)
-        with open(folder / f"site_{name}.log", "w") as log:
-            processes.append(subprocess.Popen([sys.executable, *command, *data], cwd=ROOT, stderr=log))
+        with open(folder / f"site_{name}.log", "a") as log:
+            processes[name] = subprocess.Popen([sys.executable, *command, *data], cwd=ROOT, stderr=log)
+
+    def start_anew(name: str) -> None:
+        processes[name].kill()
+        processes[name].wait()
+        start(name)
+
     try:
-        yield
+        for name in NAMES:
+            start(name)
+        yield start_anew
     finally:
-        for process in processes:
+        for process in processes.values():
             process.terminate()
-        for process in processes:
+        for process in processes.values():
             process.wait()
 
 

@@ -234,12 +234,21 @@ def _limits(max_bytes: int) -> list[tuple[str, int]]:
 
 def _no_use(details: str, hung_up: int) -> str:
     """Say why calling again is of no use; empty if it may be."""
+    for state in ("has expired", "is not yet valid"):
+        if f"certificate {state}" in details:
+            return (
+                f"its certificate {state} by the clock here, {time.strftime('%Y-%m-%d %H:%M')}; set the clock, or have "
+                "the certificate renewed"
+            )
     if "CERTIFICATE_VERIFY_FAILED" in details:
         return "its certificate is not signed by the authority that is given here, or is not of this address"
     if "WRONG_VERSION_NUMBER" in details:
         return "it speaks in the clear, and this side TLS; give both certificates, or neither"
     if hung_up >= HANG_UPS:
-        return "it hangs up each time: it speaks TLS and this side does not, or it refuses the certificate shown"
+        return (
+            "it hangs up each time: it speaks TLS and this side does not, or it refuses the certificate shown, as of "
+            "another authority or as out of date by its own clock"
+        )
     return ""
 
 

@@ -362,10 +362,12 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     for authority in ("ca", "stranger"):
         openssl("req", "-x509", *key, "-keyout", f"{authority}.key", "-out", f"{authority}.pem", "-days", "2", "-subj", f"/CN={authority}")  # fmt: skip  # noqa: E501
-    for name, authority, file in (("server", "ca", "server"), ("ann", "ca", "ann"), ("ann", "stranger", "forged")):
+    signed = ("server", "ca", "server"), ("server", "ca", "old"), ("ann", "ca", "ann"), ("ann", "stranger", "forged")
+    for name, authority, file in signed:
+        days = "-1" if file == "old" else "2"
         openssl("req", *key, "-keyout", f"{file}.key", "-out", f"{file}.csr", "-subj", f"/CN={name}")
         openssl("x509", "-req", "-in", f"{file}.csr", "-CA", f"{authority}.pem", "-CAkey", f"{authority}.key",
-                "-CAcreateserial", "-days", "2", "-extfile", "names", "-out", f"{file}.pem")  # fmt: skip
+                "-CAcreateserial", "-days", days, "-extfile", "names", "-out", f"{file}.pem")  # fmt: skip
     return folder
 
 
@@ -391,6 +393,11 @@ def test_a_site_is_who_its_certificate_says(hosted: Any, certificates: Path) -> 
     with pytest.raises(ConnectionError, match="hangs up each time"):
         join(clear, "ann")
     assert list(host.seats) == ["ann"]
+    _, late = hosted(1, server_credentials(*pems("ca.pem", "old.key", "old.pem")), certified=True)
+    with pytest.raises(
+        ConnectionError, match="its certificate has expired by the clock here, 2.*; set the clock, or have"
+    ):
+        join(Line(late.address, SERVICE, 20.0, 20.0, channel_credentials(pems("ca.pem", "ann.key", "ann.pem"))), "ann")
     _, open_ = hosted(1)
     with pytest.raises(ConnectionError, match="it speaks in the clear, and this side TLS"):
         join(Line(open_.address, SERVICE, 20.0, 20.0, channel_credentials(pems("ca.pem"))), "ann")
