@@ -73,6 +73,9 @@ class Executor(ABC):
         """
         return instantiate(config["data"], "data")
 
+    def begin(self) -> None:  # noqa: B027 - in this process, clients are made with each run
+        """Begin a run of its own at clients that are elsewhere: what they hold of other runs is not taken up."""
+
     @abstractmethod
     def setup(self, local: LocalTraining, clients: Sequence[Client]) -> None:
         """Get ready, before the first round.

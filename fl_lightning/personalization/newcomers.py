@@ -37,19 +37,19 @@ class Plan:
     """Who is tried with how many examples.
 
     Attributes:
-        newcomers: The clients that were held out.
+        newcomers: The clients that were held out; at sites what is known of them.
         sizes: Numbers of labelled examples, for training and validation together; None, at the end: all.
         draws: How often examples are drawn.
         left_out: In words, sizes that cannot be had.
     """
 
-    newcomers: list[ClientData]
+    newcomers: Sequence[ClientData | ClientInfo]
     sizes: list[int | None]
     draws: int
     left_out: str = ""
 
     @classmethod
-    def of(cls, given: Mapping[str, Any], unseen: Sequence[ClientData]) -> Plan:
+    def of(cls, given: Mapping[str, Any], unseen: Sequence[ClientData | ClientInfo]) -> Plan:
         """Read the node ``newcomers`` for the clients that are held out."""
         wanted = given["examples"] or []
         for size in wanted:
@@ -60,7 +60,9 @@ class Plan:
         least = min((_labelled(data) for data in newcomers), default=0)
         sizes: list[int | None] = [size for size in counted if size < least]
         reason = f"the smallest of them has {least} examples"
-        if any(not hasattr(data, "with_part") for data in newcomers):
+        if any(isinstance(data, ClientInfo) for data in newcomers):
+            sizes, reason = [], "a site trains on all that it has"
+        elif any(not hasattr(data, "with_part") for data in newcomers):
             sizes, reason = [], "data modules of one's own cannot be cut"
         left = [str(size) for size in counted if size not in sizes]
         sizes += [None] if None in wanted or not sizes else []
@@ -77,7 +79,7 @@ class Plan:
         ]
 
     def clients(self, seed: int) -> list[Client]:
-        """Return them, each with its part of the data and a number of its own.
+        """Return them, each with its part of the data and a number of its own; none of those at sites.
 
         Args:
             seed: Of the draws.
@@ -86,11 +88,17 @@ class Plan:
         made = []
         for number, (size, draw, index) in enumerate(self.places()):
             data = self.newcomers[index]
+            if isinstance(data, ClientInfo):
+                continue
             if size is not None:
                 numbers = _numbers(data, size)
                 data = data.with_part(*numbers, derive_seed(seed, "examples of a newcomer", draw, data.id))
             made.append(Client(first + number, data))
         return made
+
+    def infos(self) -> list[ClientInfo]:
+        """Return what is known of the newcomers, with all their examples."""
+        return [one if isinstance(one, ClientInfo) else Client(one.id, one).describe() for one in self.newcomers]
 
     def numbers(self) -> list[float]:
         """Return the sizes as numbers: of all examples, the mean over newcomers."""
@@ -105,11 +113,11 @@ class Plan:
         return f"all ({counts[0]})" if counts[0] == counts[-1] else f"all ({counts[0]} to {counts[-1]})"
 
 
-def _labelled(data: ClientData) -> int:
+def _labelled(data: ClientData | ClientInfo) -> int:
     return data.num_train + data.num_val
 
 
-def _numbers(data: ClientData, size: int) -> tuple[int, int]:
+def _numbers(data: ClientData | ClientInfo, size: int) -> tuple[int, int]:
     """Return how many of some examples are for training and how many for validation: in the client's own proportion."""
     share = data.num_val / _labelled(data)
     validation = min(max(1, round(size * share)), size - MIN_TRAIN) if data.num_val else 0

@@ -162,6 +162,9 @@ def report(
             f"{', '.join(staying)}: the model stays at the site and was tried on its own data alone; its row of the "
             "matrix has no other value, its column those of the others' models."
         )
+    for name, runs in groups.items():
+        if (run := runs[0][0].strategy.run) is not None and run.stay:
+            lines.append(f"{name}: its models stay at their sites, and each was tried on its own site's data alone.")
     if evidence.only_at_home:
         lines.append(f"Of so many models on so many clients {scoring.metric} has intervals at home alone.")
     remarks = "".join(f"{line}\n" for line in [*lines, *words_on_choices(choices, methods, selection)])

@@ -88,11 +88,12 @@ def _run(
     check_head(source.module, config["head"])
     scoring = Scoring.of(config["evaluation"], training, source.module.task, source.data.num_classes)
     clients = [Client(data.id, data) for data in source.data.clients]
-    infos = [client.describe() for client in clients] or [one for one in executor.describe() if not one.unseen]
+    known = [] if clients else executor.describe()
+    infos = [client.describe() for client in clients] or [one for one in known if not one.unseen]
     taken = {name for strategy in strategies for name in (strategy.name, strategy.base)}
-    beside(source, config["beside"], config["trust"], taken)
+    beside(source, config["beside"], config["trust"], taken, executor)
     strategies = [*strategies, *(kept_by(one) for one in source.runs)]
-    plan = Plan.of(config["newcomers"], source.data.unseen)
+    plan = Plan.of(config["newcomers"], source.data.unseen or [one for one in known if one.unseen])
     measurement = Measurement(infos, scoring.names, others, config["seed"], scoring.metric)
     selection = Selection.of(config, scoring)
     selection.check(strategies, infos, measurement.others)
@@ -147,12 +148,13 @@ def _try_newcomers(
     clients = plan.clients(config["seed"])
     place = folder / "newcomers"
     own = {**config, "save_models": False}
-    measurement = Measurement([one.describe() for one in clients], scoring.names, 0, config["seed"], scoring.metric)
+    infos = plan.infos()
+    tried = [one.describe() for one in clients] or infos
+    measurement = Measurement(tried, scoring.names, 0, config["seed"], scoring.metric)
     kept = KeptOutcomes(place / "outcomes", snapshot(source.module.state_dict()), scoring.names)
     log.info("clients that never took part: %s", ", ".join(one.name for one in plan.newcomers))
-    with bar_of("new clients personalized", strategies, own["seeds"] * len(clients)) as bar:
+    with bar_of("new clients personalized", strategies, own["seeds"] * len(tried)) as bar:
         outcomes = personalize(source, clients, strategies, scoring, measurement, executor, own, place, kept, bar)
-    infos = [Client(data.id, data).describe() for data in plan.newcomers]
     return arrivals(plan, by_strategy(outcomes), infos, scoring, config["seed"])
 
 
@@ -225,7 +227,7 @@ def personalize(
         todo = [number for number in numbers if number not in done]
         began = time.perf_counter()
         if todo and strategy.run is not None:
-            with strategy.run.open() as models:
+            with strategy.run.open(measured_by(scoring)) as models:
                 models.measured_by(metrics)
                 for outcome, state in _models_of_run(strategy, models, measurement):
                     for number in todo:  # one model for all seeds
@@ -298,11 +300,14 @@ def recipe(strategy: Strategy, source: Source, scoring: Scoring, config: Mapping
         "module": config["module"],
         "sharing": {"_target_": f"{Sharing.__module__}.{Sharing.__qualname__}"},
         "task": config.get("task"),
-        "metric": scoring.metric,
-        "metrics": scoring.nodes,
-        "measures": list(scoring.names),
+        **measured_by(scoring),
         "batch_size": strategy.settings.get("batch_size"),
     }
+
+
+def measured_by(scoring: Scoring) -> dict[str, Any]:
+    """Return what of a recipe says by what models are measured."""
+    return {"metric": scoring.metric, "metrics": scoring.nodes, "measures": list(scoring.names)}
 
 
 def _models(

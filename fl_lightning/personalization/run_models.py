@@ -15,7 +15,7 @@ from fl_lightning.data.partition import Partition
 from fl_lightning.evaluation.predict import Metrics
 from fl_lightning.evaluation.results import read_json
 from fl_lightning.executors import SerialExecutor
-from fl_lightning.executors.executor import Outcome, Task
+from fl_lightning.executors.executor import Executor, Outcome, Task
 from fl_lightning.loop import FederatedLoop
 from fl_lightning.module import FederatedModule
 from fl_lightning.run.folder import RunFolder
@@ -33,6 +33,11 @@ MADE = (
 """What of a run's configuration is made anew for its personal models."""
 
 
+def path_of(thing: object) -> str:
+    """Return the path of an object's class."""
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
 def keeps_personal_models(run: RunFolder) -> bool:
     """Tell whether a finished run has personal models, as its results say."""
     if not run.results.is_file():
@@ -45,21 +50,32 @@ class RunModels:
 
     They are formed as ``train.py resume=`` would form them: what clients hold comes from the checkpoint, and training
     after the rounds is done again, to the same bits. The models live in the run's own module, whose
-    ``personal_forward`` they are; :meth:`run` answers exams by them, in this process.
+    ``personal_forward`` they are; :meth:`run` answers exams by them, in this process. Of a run at sites each stays
+    there: its site takes up what it held at the checkpoint, and scores it on its own data alone.
 
     Args:
         run: The run folder.
         config: Its configuration, plain.
         data: Its clients.
         trust: Packages of one's own that the configuration may name.
+        executor: The way to the sites that the run was trained at; None: there is none.
+
+    Attributes:
+        stay: Whether they stay at sites.
 
     Raises:
         FileNotFoundError: If the run keeps no checkpoint.
-        ValueError: If the run has no personal models, was trained at sites, or is of another partition.
+        ValueError: If the run has no personal models, was trained at sites to which there is no way, or is of another
+            partition.
     """
 
     def __init__(
-        self, run: RunFolder, config: Mapping[str, Any], data: FederatedData, trust: Sequence[str] = ()
+        self,
+        run: RunFolder,
+        config: Mapping[str, Any],
+        data: FederatedData,
+        trust: Sequence[str] = (),
+        executor: Executor | None = None,
     ) -> None:
         self.path = run.path
         self.method = str(config["method"]["name"])
@@ -72,8 +88,17 @@ class RunModels:
             raise ValueError(
                 f"{run.path} has no personal models (method={self.method}); give it as checkpoint=, or leave it out"
             )
-        if config["executor"]["_target_"] == AT_SITES:
-            raise ValueError(f"{run.path} was trained at sites, which keep their personal models; leave it out")
+        self.stay = config["executor"]["_target_"] == AT_SITES
+        self._executor = executor
+        if self.stay and (executor is None or path_of(executor) != AT_SITES):
+            raise ValueError(
+                f"{run.path} was trained at sites, which keep their personal models; set executor=sites with the same "
+                "sites, or leave it out"
+            )
+        if self.stay and "server" in config["callbacks"]:
+            raise ValueError(
+                f"{run.path} is of a model in parts (method={self.method}), of which a site holds some; leave it out"
+            )
         if not run.last.is_file():
             raise FileNotFoundError(
                 f"{run.path} keeps no checkpoint, which its personal models are read from; train without "
@@ -84,8 +109,12 @@ class RunModels:
             check_trusted(config.get(key), key, trust, str(run.config))
 
     @contextmanager
-    def open(self) -> Iterator[RunModels]:
-        """Form the models, for as long as the context lasts."""
+    def open(self, scored: Mapping[str, Any] | None = None) -> Iterator[RunModels]:
+        """Form the models, for as long as the context lasts.
+
+        Args:
+            scored: At sites: what of a recipe says by what models are measured.
+        """
         config = {**self._config, "resume": None, "logger": None}
         if config["executor"]["_target_"] != SPLIT:
             config["executor"] = {"_target_": f"{SerialExecutor.__module__}.{SerialExecutor.__qualname__}"}
@@ -93,6 +122,12 @@ class RunModels:
         content = read_checkpoint(self._run.last, identity)
         loop = build_loop(config, self._run, None)
         loop.rounds = content["round"]
+        if self.stay:
+            from fl_lightning.sites.executor import recipe
+
+            assert self._executor is not None
+            self._executor.recipe = {**recipe(self._config), **(scored or {})}
+            loop.executor = self._executor
         self.module = fitting_module(loop, config, self.data)
         clients = [Client(one.id, one) for one in self.data.clients]
         unseen = [Client(one.id, one) for one in self.data.unseen]
@@ -106,14 +141,19 @@ class RunModels:
             self.loop: FederatedLoop = loop
             self.round = loop.state_round
             yield self
+        if self.stay and self._executor is not None:
+            self._executor.begin()
 
     def measured_by(self, metrics: Metrics) -> None:
         """Let exams be answered by some metrics."""
         self.loop.local.metrics = metrics
 
     def models(self, clients: Sequence[ClientInfo]) -> Iterator[State]:
-        """Yield all tensors of the personal model of each client, by the names of the run's module."""
+        """Yield all tensors of the personal model of each client, by the names of the run's module; none at sites."""
         for client in clients:
+            if self.stay:
+                yield {}
+                continue
             self._owner = self._clients[client.id]
             yield self.loop.personal_state(self._owner)
 
@@ -121,6 +161,10 @@ class RunModels:
         """Answer exams by the model that :meth:`models` yielded last, on any client's data."""
         for client, exam in tasks:
             assert isinstance(exam, Exam)
+            if self.stay:
+                own = self.loop.personal_exam(client, exam.split, metrics=exam.metrics)
+                yield from self.loop.executor.run([(client, own)])
+                continue
             try:
                 scores = self.loop.local.score(self._clients[client.id], exam, self._owner)
             except Exception as error:

@@ -23,7 +23,7 @@ from fl_lightning.models.export import HEAD, read_global_model
 from fl_lightning.models.model import Model
 from fl_lightning.module import FederatedModule
 from fl_lightning.personalization.run_models import AT_SITES as AT_SITES_EXECUTOR
-from fl_lightning.personalization.run_models import RunModels, keeps_personal_models
+from fl_lightning.personalization.run_models import RunModels, keeps_personal_models, path_of
 from fl_lightning.run.config import instantiate, plain
 from fl_lightning.run.folder import RunFolder
 from fl_lightning.run.overrides import composed
@@ -235,7 +235,9 @@ def _from_run_folder(
             )
     at_sites = before["executor"]["_target_"] == AT_SITES_EXECUTOR
     method, start = before["method"]["name"], ""
-    runs = [] if not own or at_sites or given["data"] else [RunModels(run, before, data, config["trust"])]
+    at_hand = not given["data"] and at_sites == (path_of(executor) == AT_SITES_EXECUTOR)
+    at_hand = at_hand and not (at_sites and "server" in before["callbacks"])  # a site holds a part of a split model
+    runs = [RunModels(run, before, data, config["trust"], executor)] if own and at_hand else []
     if run.global_model.is_file():
         try:
             put(module, run.global_model, config["new_head"])
@@ -246,7 +248,7 @@ def _from_run_folder(
                 f"{error}. If method={method} has a global model of its own kind, which cannot be fine-tuned here, "
                 f"give checkpoint= another run, and beside=[{run.path}]"
             ) from error
-    elif not runs:
+    elif not runs or at_sites:
         raise FileNotFoundError(
             f"{run.path} holds no {run.global_model.name} (method={method}), and no personal models that can be had "
             "here, whose mean would take its place (not with data=, nor of sites); give a run with a global model"
@@ -269,7 +271,9 @@ def _from_run_folder(
     return Source(module, data, model, description, training, parts, runs, start)
 
 
-def beside(source: Source, folders: Sequence[str], trust: Sequence[str], taken: Collection[str]) -> None:
+def beside(
+    source: Source, folders: Sequence[str], trust: Sequence[str], taken: Collection[str], executor: Executor
+) -> None:
     """Add the runs whose personal models are rows beside the strategies, and name all rows of runs.
 
     Args:
@@ -277,6 +281,7 @@ def beside(source: Source, folders: Sequence[str], trust: Sequence[str], taken: 
         folders: Run folders of ``train.py``.
         trust: Packages of one's own that their configurations may name.
         taken: Names of rows that are there.
+        executor: The way to the clients.
     """
     for folder in folders:
         run = RunFolder(folder)
@@ -285,10 +290,13 @@ def beside(source: Source, folders: Sequence[str], trust: Sequence[str], taken: 
             raise ValueError(f"beside must name runs of train.py, got {folder}, which is one of personalize.py")
         known = [one for one in source.runs if one.data_config == config["data"]]
         check_trusted(config["data"], "data", trust, str(run.config))
-        data = known[0].data if known else instantiate(config["data"], "data")
         try:
+            if config["executor"]["_target_"] == AT_SITES_EXECUTOR:
+                data = source.data
+            else:
+                data = known[0].data if known else instantiate(config["data"], "data")
             source.data.partition.check_equal(data.partition)
-            source.runs.append(RunModels(run, config, data, trust))
+            source.runs.append(RunModels(run, config, data, trust, executor))
         except (ValueError, OSError) as error:
             raise type(error)(f"beside: {error}") from error
     methods = [one.method for one in source.runs]

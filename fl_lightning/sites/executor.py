@@ -146,11 +146,18 @@ class SitesExecutor(Executor):
         for index, (name, seat) in enumerate(self._sites.items()):
             stays = seat.description.get("stays") is True
             seat.info = replace(seat.info, id=index, unseen=name in unseen, stays=stays)
-            seat.order("load", None)
         if unseen >= found.keys():
             raise ValueError("data.unseen_clients must leave a site that trains")
+        self.begin()
         self.recipe = recipe(config) if "loop" in config else {}
         return SiteData(list(self._sites.values()))
+
+    @override
+    def begin(self) -> None:
+        self.run_id, self.life, self.mark = secrets.token_hex(8), secrets.token_hex(8), 0
+        for seat in self._sites.values():
+            seat.orders, seat.number, seat.marked = [], 0, None
+            seat.order("load", None)
 
     @override
     def setup(self, local: LocalTraining, clients: Sequence[Client]) -> None:

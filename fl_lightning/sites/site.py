@@ -339,7 +339,7 @@ class Site:
             return {"kind": "error", "text": f"{type(error).__name__}: {error}", "number": store.held.number}, {}
         if isinstance(answer, Fit):
             if isinstance(message, Broadcast) and not message.request:
-                if self.stays and isinstance(self.local.metrics, ModelMetrics):
+                if self.stays and not message.stage and isinstance(self.local.metrics, ModelMetrics):
                     # A model that was personalized, which else goes to all: it is kept and scored here.
                     answer = replace(answer, personal=dict(answer.update.state), stage=HOME)
                     answer.update.state, answer.update.extra = {}, {}

@@ -96,6 +96,39 @@ def test_a_site_whose_model_stays_is_scored_at_home(
     assert all(given["methods"]["ft"][key] == kept["methods"]["ft"][key] for key in same)
 
 
+@pytest.mark.slow
+def test_personal_models_of_sites_are_scored_at_home_and_new_sites_are_tried(
+    tiny_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    method = ["method=ditto", "data.unseen_clients=[cid]", "optimizer.lr=0.1", "logger=none"]
+    words = [*QUICK, "personalization@baselines=[none]", "trust=[tests]", "logger=none", "batch_size=5"]
+    assert call("train", *tiny(tiny_root), *method, "dashboard=null", f"hydra.run.dir={tmp_path / 'serial'}") == 0
+    one = [f"checkpoint={tmp_path / 'serial'}", "executor=serial", *words, "newcomers.examples=[null]"]
+    assert call("personalize", *one, f"hydra.run.dir={tmp_path / 'one'}") == 0
+    port = free_port()
+    at = ["executor=sites", f"executor.listen=127.0.0.1:{port}", f"executor.sites=[{','.join(NAMES)}]"]
+    model = ["model=lenet5", "~model", "+model._target_=tests.federations.tiny_model"]
+    training = [*at, *method, "data.classes=3", "data.batch_size=8", *model, "loop.rounds=2", "dashboard=null"]
+    with sites(port, tiny_root, tmp_path / "sites", once=False) as threads:
+        assert call("train", *training, f"hydra.run.dir={tmp_path / 'train'}") == 0
+        two = [f"checkpoint={tmp_path / 'train'}", *at, *words]
+        assert call("personalize", *two, f"hydra.run.dir={tmp_path / 'two'}") == 0
+        for thread in threads:
+            thread.line.close()
+    capsys.readouterr()
+    assert call("personalize", *one, f"beside=[{tmp_path / 'train'}]", f"hydra.run.dir={tmp_path / 'three'}") == 1
+    assert "was trained at sites, which keep their personal models; set executor=sites" in capsys.readouterr().err
+    expected, found = (without_seconds(read_json(tmp_path / name / "results.json")) for name in ("one", "two"))
+    assert_same(found["methods"]["ft"], expected["methods"]["ft"])
+    assert found["newcomers"] == expected["newcomers"]
+    at_home = ("local", "train_loss", "val_metric", "val_loss", "ece", "worst_local")
+    assert [found["methods"]["ditto"][key] for key in at_home] == [expected["methods"]["ditto"][key] for key in at_home]
+    assert found["methods"]["ditto"]["global_others"] is None
+    text = (tmp_path / "two" / "table.md").read_text()
+    assert "ditto: its models stay at their sites" in text
+    assert "New clients are not tried with 10, 30, 100 examples: a site trains on all that it has." in text
+
+
 def recording(answer: Callable[..., bytes], left: list[str]) -> Callable[..., bytes]:
     """Note the tensors of models that are in a site's answers."""
 
