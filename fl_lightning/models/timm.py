@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -11,6 +13,8 @@ from fl_lightning.checks import ArgumentError
 from fl_lightning.models.export import BACKBONE, read_global_model
 from fl_lightning.models.model import Model
 from fl_lightning.state import difference, without_prefix
+
+log = logging.getLogger(__name__)
 
 
 class PointwiseClassifier(nn.Conv2d):
@@ -87,6 +91,29 @@ def timm_model(
     if weights is not None:
         load_backbone(parts, weights)
     return parts
+
+
+def compare_normalization(model: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """Warn where pixels are normalised otherwise than those that a model's pretrained weights were trained on.
+
+    Args:
+        model: The node ``model``.
+        data: The node ``data``.
+    """
+    if not (model.get("pretrained") or model.get("weights")) or not {"mean", "std"} <= data.keys():
+        return
+    from timm.models import get_pretrained_cfg
+
+    known = get_pretrained_cfg(model["name"])
+    for key in ("mean", "std"):
+        own = [] if known is None else list(getattr(known, key))
+        given = list(data[key]) if isinstance(data[key], Sequence) else [data[key]]
+        given = given * len(own) if len(given) == 1 else given
+        if len(given) == len(own) and any(abs(a - b) > 0.02 for a, b in zip(given, own, strict=True)):
+            values = ",".join(f"{value:g}" for value in own)
+            log.warning(
+                "the weights of %s were trained with data.%s=[%s], not %s", model["name"], key, values, data[key]
+            )
 
 
 def load_backbone(model: Model, path: str) -> None:

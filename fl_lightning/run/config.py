@@ -326,8 +326,8 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
             config.setdefault(name, entry.default_factory() if callable(entry.default_factory) else entry.default)
         elif config.get(name) is None:
             raise ValueError(f"{name} must be given, got {'null' if name in config else f'~{name}'}")
-    if "method" in known and not isinstance(name := (config["method"] or {}).get("name"), str):
-        raise ValueError(f"method.name must be a name, got {'null' if name is None else name}; set method=fedavg")
+    if "method" in known and not isinstance(method := (config["method"] or {}).get("name"), str):
+        raise ValueError(f"method.name must be a name, got {'null' if method is None else method}; set method=fedavg")
     return config
 
 

@@ -40,6 +40,7 @@ from fl_lightning.loop import FederatedLoop
 from fl_lightning.models.adapters import Adapters, with_adapters
 from fl_lightning.models.export import read_global_model
 from fl_lightning.models.model import Model
+from fl_lightning.models.timm import compare_normalization
 from fl_lightning.module import FederatedModule
 from fl_lightning.run.config import check, instantiate, instantiate_dict, plain
 from fl_lightning.run.folder import RunFolder
@@ -229,6 +230,8 @@ def build_module(config: Mapping[str, Any], data: FederatedData) -> FederatedMod
     if problem := task.target_problem(y, data.num_classes):
         raise ValueError(f"task={task.name} takes {task.targets}, got {problem}; choose another task=")
     module = new_module(config, data.num_classes, data.in_channels, data.image_size, task)
+    if str((config["model"] or {}).get("_target_")).endswith("timm_model"):
+        compare_normalization(config["model"], config["data"])
     if isinstance(x, Tensor):
         module.example_input_array = x[:1].clone()
     try:

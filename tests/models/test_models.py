@@ -23,6 +23,7 @@ from fl_lightning.models import (
     timm_model,
     vit,
 )
+from fl_lightning.models.timm import compare_normalization
 
 FACTORIES = {
     "lenet5": lenet5,
@@ -144,6 +145,24 @@ def test_export_keeps_foreign_names_and_refuses_colliding_ones() -> None:
         export_state_dict({"backbone.fc.weight": tensor, "head.weight": tensor}, "fc")
     with pytest.raises(ValueError, match="under the head's path 'head'"):
         import_state_dict({"fc.weight": tensor}, "head")
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "keys"),
+    [
+        ({"pretrained": True}, {"mean": 0.5, "std": 0.5}, ["mean", "std"]),
+        ({"weights": "file.pt"}, {"mean": [0.485, 0.456, 0.406], "std": 0.5}, ["std"]),
+        ({"pretrained": True}, {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}, []),
+        ({"pretrained": False, "weights": None}, {"mean": 0.5, "std": 0.5}, []),
+        ({"pretrained": True}, {}, []),
+    ],
+)
+def test_pixels_normalised_otherwise_than_pretrained_weights_want_are_told(
+    model: dict[str, object], data: dict[str, object], keys: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    compare_normalization({"name": "resnet18.a1_in1k", **model}, data)
+    assert len(caplog.messages) == len(keys)
+    assert all(f"data.{key}=[" in message for key, message in zip(keys, caplog.messages, strict=True))
 
 
 def test_unknown_timm_name_gives_close_names() -> None:
