@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from fl_lightning.aggregators import Aggregator, Weights
+from fl_lightning.checks import ArgumentError
 from fl_lightning.client import ClientInfo, Update
 from fl_lightning.models.adapters import AdaptedLayer, adapted_layers
 from fl_lightning.state import RunningMean, State, num_bytes
@@ -62,6 +63,8 @@ def need_adapters(module: nn.Module) -> list[AdaptedLayer]:
     """Return the module's layers with adapters."""
     if not (layers := adapted_layers(module)):
         raise ValueError("model.adapters must be given for this method, such as {rank: 4, alpha: 8, targets: auto}")
+    if layers[0].lengths in dict(module.named_parameters()):
+        raise ArgumentError("model.adapters.dora must be false for this method, which is about B A alone, got true")
     return layers
 
 

@@ -36,6 +36,9 @@ ADAPTER = "default"
 LOCAL = "local"
 """The name of an adapter that stays with its client, beside one that does not."""
 
+PREFIX = "base_model.model."
+"""Of the tensors' names in a PEFT folder."""
+
 KINDS = ("auto", "attention", "linear")
 
 #: What attention's linear layers are called in timm, in transformers and here.
@@ -193,6 +196,11 @@ class AdaptedLayer:
         """Name of B, (out, rank), or (out, rank, 1, 1) for a convolution."""
         return f"{self.name}.lora_B.{ADAPTER}.weight"
 
+    @property
+    def lengths(self) -> str:
+        """Name of the lengths of each output's weights, where these train (DoRA); (out,) or (1, out, 1, 1)."""
+        return f"{self.name}.lora_magnitude_vector.{ADAPTER}.weight"
+
     def product(self, state: Mapping[str, Tensor]) -> Tensor:
         """Return scale x B A of a state, (out, in), in float64."""
         return self.scale * state[self.b].double().flatten(1) @ state[self.a].double().flatten(1)
@@ -222,20 +230,18 @@ def merged(module: nn.Module, state: Mapping[str, Tensor]) -> State:
     Args:
         module: The module, for its layers with adapters.
         state: Its tensors, or those of a part of it.
-
-    Raises:
-        ValueError: If an adapter has trained lengths (DoRA).
     """
     layers = {layer.weight: layer for layer in adapted_layers(module)}
     plain: State = {}
     for name, tensor in restored_state(module, dict(state)).items():
-        if ".lora_magnitude_vector." in name:
-            raise ValueError(f"{name}: adapters with dora=true cannot be added to the weights here")
-        if ".lora_A." in name or ".lora_B." in name:
+        if ".lora_" in name:
             continue
         if name in layers and layers[name].a in state:
             layer = layers[name]
-            tensor = (tensor.double() + layer.as_weight(layer.product(state))).to(tensor.dtype)
+            changed = layer.as_matrix(tensor.double()) + layer.product(state)
+            if layer.lengths in state:
+                changed *= (state[layer.lengths].double().flatten() / changed.norm(dim=1))[:, None]
+            tensor = layer.as_weight(changed).to(tensor.dtype)
         plain[name.replace(".base_layer.", ".")] = tensor
     return plain
 
@@ -243,7 +249,8 @@ def merged(module: nn.Module, state: Mapping[str, Tensor]) -> State:
 def with_adapters(module: nn.Module, state: Mapping[str, Tensor]) -> State:
     """Return a plain model's tensors under the names that they have in a module with adapters, and its own adapters.
 
-    A state that has adapters already, and one for a module without any, come back as they are.
+    Lengths that train (DoRA) are those of the plain model's weights. A state that has adapters already, and one for a
+    module without any, come back as they are.
     """
     own = module.state_dict()
     added = [name for name in own if ".lora_" in name or name == "backbone.prompt"]
@@ -251,7 +258,12 @@ def with_adapters(module: nn.Module, state: Mapping[str, Tensor]) -> State:
         return dict(state)
     names = {name.replace(".base_layer.", "."): name for name in own}
     found = compact_state(module, {names.get(name, name): tensor for name, tensor in state.items()})
-    return found | {name: own[name] for name in added if name.startswith(("backbone.", "head."))}
+    found |= {name: own[name] for name in added if name.startswith(("backbone.", "head."))}
+    for layer in adapted_layers(module):
+        if layer.lengths in found and layer.weight in found:
+            weight = layer.as_matrix(found[layer.weight].double()) + layer.product(found)
+            found[layer.lengths] = weight.norm(dim=1).to(own[layer.lengths].dtype).view_as(own[layer.lengths])
+    return found
 
 
 def without_prompt(name: str, tensor: Tensor) -> Tensor:
@@ -273,39 +285,110 @@ def save_peft(
 
     Returns:
         Whether it was written: not for a model without adapters, nor where the folder could not say all that was
-        trained (BatchNorm's statistics, DoRA's lengths, prompts for images).
+        trained (BatchNorm's statistics, prompts for images).
     """
     if "backbone.prompt" in state:
         return _save_prompt(folder, module, state, head_path)
     layers = [layer for layer in adapted_layers(module) if layer.name.startswith("backbone.")]
-    factors = {
-        layer.name: [one.replace(f".{ADAPTER}.", f".{adapter}.") for one in (layer.a, layer.b)] for layer in layers
+    named = {
+        (layer.name, part): name.replace(f".{ADAPTER}.", f".{adapter}.")
+        for layer in layers
+        for part, name in (
+            ("lora_A.weight", layer.a),
+            ("lora_B.weight", layer.b),
+            ("lora_magnitude_vector", layer.lengths),
+        )
+        if name in state
     }
-    told = {name for layer in layers for name in (layer.a, layer.b, *factors[layer.name])}
-    named = {name for name, _ in module.named_parameters() if name in state and name.startswith(("backbone.", "head."))}
-    trained = named - set(getattr(module, "base_names", ()))
+    own = {name for name, _ in module.named_parameters() if name in state and name.startswith(("backbone.", "head."))}
+    trained = own - set(getattr(module, "base_names", ()))
+    told = {name for layer in layers for name in (layer.a, layer.b, layer.lengths)} | {*named.values()}
     head = {name for name in trained if name.startswith("head.")}
     statistics = any(isinstance(part, _BatchNorm) for part in module.modules())
     if not layers or statistics or not trained <= told | head:
         return False
     plain = {layer.name: layer.name.removeprefix("backbone.") for layer in layers}
-    prefix = "base_model.model."
-    tensors = {f"{prefix}{head_path}.{name.removeprefix('head.')}": state[name] for name in head}
-    for layer in layers:
-        for side, name in zip("AB", factors[layer.name], strict=True):
-            tensors[f"{prefix}{plain[layer.name]}.lora_{side}.weight"] = state[name]
-    rank = tensors[f"{prefix}{plain[layers[0].name]}.lora_A.weight"].shape[0]
+    tensors = {f"{PREFIX}{plain[layer]}.{part}": state[name] for (layer, part), name in named.items()}
+    tensors |= {f"{PREFIX}{head_path}.{name.removeprefix('head.')}": state[name] for name in head}
+    rank = state[named[layers[0].name, "lora_A.weight"]].shape[0]
     config = need_peft().LoraConfig(
         r=rank,
         lora_alpha=layers[0].scale * rank,
         target_modules=sorted(plain.values()),
+        use_dora=layers[0].lengths in state,
         modules_to_save=[head_path] if head else None,
         fan_in_fan_out=layers[0].transposed,
     )
+    _write(folder, config, tensors)
+    return True
+
+
+def save_peft_change(
+    folder: Path,
+    module: nn.Module,
+    start: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    adapters: Adapters,
+    count: int,
+    head_path: str,
+) -> bool:
+    """Write what adapters have added to a plain model, for ``peft.PeftModel.from_pretrained(model_before, folder)``.
+
+    The mean of several products B A is no product of their means, but it has at most the sum of their ranks: the
+    change of each weight is split into factors of that rank by its singular values, so that nothing is cut but
+    rounding.
+
+    Args:
+        folder: Made if it is not there.
+        module: The plain module; its parts are ``backbone`` and ``head``.
+        start: All its tensors before.
+        state: All its tensors after.
+        adapters: What stood beside it in each fit.
+        count: Number of the fits.
+        head_path: Module path of the head in the plain model.
+
+    Returns:
+        Whether it was written: not where more has changed than the adapted weights and the head, nor for DoRA, whose
+        lengths change weights by a full rank.
+    """
+    backbone = module.get_submodule("backbone")
+    layers = {f"backbone.{name}.weight": name for name in adapters.layers(backbone)}
+    changed = {name for name, tensor in state.items() if not torch.equal(tensor, start[name].to(tensor))}
+    head = {name for name in changed if name.startswith("head.")}
+    if adapters.dora or not changed <= layers.keys() | head:
+        return False
+    rank = adapters.rank * count
+    tensors: State = {}
+    for weight, name in layers.items():
+        turned = is_conv1d(backbone.get_submodule(name))
+        change = (state[weight].double() - start[weight].to(state[weight]).double()).flatten(1)
+        left, values, right = torch.linalg.svd(change.T if turned else change, full_matrices=False)
+        missing = max(0, rank - len(values))
+        roots = values[:rank].sqrt()
+        a = nn.functional.pad(roots[:, None] * right[:rank], (0, 0, 0, missing))
+        b = nn.functional.pad(left[:, :rank] * roots, (0, missing))
+        image = state[weight].dim() == 4
+        for side, factor, shape in (("A", a, state[weight].shape[1:]), ("B", b, (rank, 1, 1))):
+            shaped = factor.reshape(len(factor), *shape) if image else factor
+            tensors[f"{PREFIX}{name}.lora_{side}.weight"] = shaped.float()
+    config = need_peft().LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted(layers.values()),
+        modules_to_save=[head_path] if head else None,
+        fan_in_fan_out=all(is_conv1d(backbone.get_submodule(name)) for name in layers.values()),
+    )
+    whole = {name for name in state if name.startswith("head.")} if head else ()
+    tensors |= {f"{PREFIX}{head_path}.{name.removeprefix('head.')}": state[name] for name in whole}
+    _write(folder, config, tensors)
+    return True
+
+
+def _write(folder: Path, config: Any, tensors: State) -> None:
+    """Write a PEFT folder of tensors under peft's names."""
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
-    return True
 
 
 def _save_prompt(folder: Path, module: nn.Module, state: Mapping[str, Tensor], head_path: str) -> bool:
@@ -331,9 +414,7 @@ def _save_prompt(folder: Path, module: nn.Module, state: Mapping[str, Tensor], h
         num_layers=known.num_hidden_layers,
         modules_to_save=[head_path] if backbone.kind == "sequence" else None,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(folder))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    _write(folder, config, tensors)
     return True
 
 

@@ -14,12 +14,13 @@ from omegaconf import DictConfig
 
 from fl_lightning import files
 from fl_lightning.adapted import AdaptedModule
+from fl_lightning.callbacks.low_rank_adaptation import LowRankAdaptation
 from fl_lightning.checks import at_least, one_of, whole
 from fl_lightning.client import Broadcast, Client, Update
 from fl_lightning.evaluation.summary import mean, present
 from fl_lightning.executors.executor import Executor
 from fl_lightning.executors.serial import SerialExecutor
-from fl_lightning.models.adapters import merged, save_peft, without_prompt
+from fl_lightning.models.adapters import merged, save_peft, save_peft_change, without_prompt
 from fl_lightning.models.export import export_state_dict
 from fl_lightning.module import FederatedModule
 from fl_lightning.personalization.epoch_models import models_of
@@ -258,7 +259,7 @@ def personalize(
                         owner = infos[outcome.client].name
                         log.warning("%s, client %s: its model has diverged", strategy.name, owner)
                     if config["save_models"] and state:
-                        _save(folder, strategy, outcome, module, {**base, **state})
+                        _save(folder, strategy, outcome, module, {**base, **state}, start)
                     done.setdefault(outcome.number, []).append(outcome)
                     if len(done[outcome.number]) == len(infos):
                         kept.save(done[outcome.number])
@@ -284,11 +285,31 @@ def bar_of(words: str, strategies: Sequence[Strategy], each: int) -> Bar:
     return Bar(words, each * len(strategies), work=each * sum(work_of(strategy) for strategy in strategies))
 
 
-def _save(folder: Path, strategy: Strategy, outcome: Outcome, module: FederatedModule, state: State) -> None:
-    """Keep a client's model: all tensors as the plain model has them, and adapters or prompts for peft."""
+def _save(
+    folder: Path,
+    strategy: Strategy,
+    outcome: Outcome,
+    module: FederatedModule,
+    state: State,
+    start: State | None = None,
+) -> None:
+    """Keep a client's model: all tensors as the plain model has them, and adapters or prompts for peft.
+
+    Args:
+        folder: Of the run.
+        strategy: Which made the model.
+        outcome: Whose it is.
+        module: What the strategy trained.
+        state: All its tensors.
+        start: The global model's; None: the model has not come of it.
+    """
     path = folder / "models" / file_name(strategy.name) / f"seed_{outcome.number}/client_{outcome.client}.pt"
     files.save(path, export_state_dict(merged(module, state), module.head_path))
     save_peft(path.with_suffix(""), module, state, module.head_path)
+    added = [part.adapters for part in strategy.callbacks.values() if isinstance(part, LowRankAdaptation)]
+    if start is not None and strategy.start == "global" and len(added) == 1:
+        count = getattr(strategy.local.plan, "ingredients", 1)
+        save_peft_change(path.with_suffix(""), module, start, state, added[0], count, module.head_path)
 
 
 def recipe(strategy: Strategy, source: Source, scoring: Scoring, config: Mapping[str, Any]) -> dict[str, Any]:

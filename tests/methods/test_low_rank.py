@@ -189,6 +189,7 @@ def test_a_client_that_was_away_gets_what_it_missed(tiny_root: Path, tmp_path: P
         (["callbacks.ranks.ranks=[5]"], "callbacks.ranks.ranks must be at most model.adapters.rank=4, got 5"),
         (["callbacks.ranks.ranks=[0]"], "callbacks.ranks.ranks must be null, or list ranks of at least 1"),
         (["model.adapters=null"], "sharing.merged needs a model with frozen weights"),
+        (["method=fedit", "+model.adapters.dora=true"], "model.adapters.dora must be false for this method"),
     ],
 )
 def test_bad_input_is_one_sentence(words: list[str], message: str, tiny_root: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fl_lightning.models import vit
-from fl_lightning.models.adapters import Adapters, adapted_layers, merged, with_adapters
+from fl_lightning.models.adapters import Adapters, adapted_layers, merged, save_peft_change, with_adapters
 from fl_lightning.models.export import export_state_dict
 from fl_lightning.models.model import Model
 from fl_lightning.module import FederatedModule
@@ -47,11 +47,12 @@ def randomize(module: torch.nn.Module) -> None:
                 parameter.normal_()
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("kind", INPUTS)
-def test_the_plain_model_with_the_adapters_added_computes_the_same(kind: str) -> None:
+def test_the_plain_model_with_the_adapters_added_computes_the_same(kind: str, dora: bool) -> None:
     make, x = INPUTS[kind]
     plain = FederatedModule(make()).eval()
-    module = FederatedModule(Adapters(rank=2).adapt(make())).eval()
+    module = FederatedModule(Adapters(rank=2, dora=dora).adapt(make())).eval()
     module.load_state_dict(with_adapters(module, plain.state_dict()))
     torch.testing.assert_close(module(x), plain(x))  # B is zero at the start
     randomize(module)
@@ -61,6 +62,35 @@ def test_the_plain_model_with_the_adapters_added_computes_the_same(kind: str) ->
     plain.load_state_dict(found)
     torch.testing.assert_close(plain(x), module(x), rtol=1e-4, atol=1e-3)
     assert export_state_dict(found, module.head_path)
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_mean_of_products_is_one_adapter_that_peft_reads(kind: str, count: int, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    make, x = INPUTS[kind]
+    plain = FederatedModule(make()).eval()
+    start = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    adapters, states = Adapters(rank=1), []
+    for _ in range(count):
+        module = FederatedModule(adapters.adapt(make())).eval()
+        module.load_state_dict(with_adapters(module, start))
+        randomize(module)
+        states.append(merged(module, module.state_dict()))
+    plain.load_state_dict({name: sum(one[name].double() for one in states) / count for name in start})
+    soup = plain.state_dict()
+    assert save_peft_change(tmp_path, plain, start, soup, adapters, count, plain.head_path)
+    before = FederatedModule(make()).eval()
+    before.load_state_dict(start)
+    read = peft.PeftModel.from_pretrained(before.backbone, str(tmp_path)).eval()
+    assert {len(tensor) for name, tensor in read.named_parameters() if "lora_A" in name} == {count}
+    torch.testing.assert_close(read.base_model.model(x), plain.backbone(x), rtol=1e-4, atol=1e-4)
+    # What is more than adapters have done has no folder.
+    assert not save_peft_change(tmp_path / "no", plain, start, soup, Adapters(1, dora=True), count, plain.head_path)
+    other = next(n for n in soup if n.endswith("bias") and not n.startswith("head."))
+    soup[other] = soup[other] + 1
+    assert not save_peft_change(tmp_path / "no", plain, start, soup, adapters, count, plain.head_path)
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize(

@@ -117,8 +117,9 @@ def test_a_folder_without_a_model_and_a_missing_library(tmp_path: Path) -> None:
         hf(11, config=TINY["gpt2"])
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("kind", ["timm", "gpt2"])
-def test_peft_reads_the_folder_of_adapters_with_equal_outputs(kind: str, tmp_path: Path) -> None:
+def test_peft_reads_the_folder_of_adapters_with_equal_outputs(kind: str, dora: bool, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
 
     def make() -> tuple[Any, FederatedModule]:
@@ -137,7 +138,7 @@ def test_peft_reads_the_folder_of_adapters_with_equal_outputs(kind: str, tmp_pat
             parts = plain.state_dict()
             model.head.load_state_dict({key: parts[f"head.{key}"] for key in ("weight", "bias")})
             model.backbone.load_state_dict({key: value for key, value in parts.items() if not key.startswith("head.")})
-        return plain, FederatedModule(Adapters(rank=2).adapt(model))
+        return plain, FederatedModule(Adapters(rank=2, dora=dora).adapt(model))
 
     plain, module = make()
     module.eval()

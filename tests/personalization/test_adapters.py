@@ -52,6 +52,10 @@ def data(kind: str, folder: Path) -> list[str]:
     ("strategy", "kind", "count"),
     [
         ("lora_ft", "causal", 4 * (8 + 24) + 4 * (8 + 8)),  # c_attn and c_proj; the head is tied
+        ("dora_ft", "causal", 4 * (8 + 24) + 4 * (8 + 8) + 24 + 8),  # and a length for each output
+        pytest.param("dora_ft", "sequence", 4 * 4 * (8 + 8) + 4 * 8 + 2 * 8 + 2, marks=pytest.mark.every),
+        pytest.param("lora_soup_ft", "causal", 12 * (8 + 24) + 12 * (8 + 8), marks=pytest.mark.every),
+        ("lora_soup_ft", "sequence", 4 * 12 * (8 + 8) + 2 * 8 + 2),  # three times the rank
         ("prompt_ft", "causal", 8 * 8),
         ("prompt_ft", "sequence", 8 * 8 + 2 * 8 + 2),  # and the head
     ],
