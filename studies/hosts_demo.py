@@ -189,7 +189,7 @@ def flower(folder: Path) -> Iterator[Run]:
 
 def wait_for(port: int) -> None:
     """Wait until somebody listens at a port."""
-    until = time.monotonic() + 120.0
+    until = time.monotonic() + 600.0  # a busy machine needs minutes to start it
     while time.monotonic() < until:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
             return

@@ -8,6 +8,7 @@ is made again without the work being done twice.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import logging
 import secrets
 import shlex
@@ -301,7 +302,9 @@ def run_command(command: str, carrier: Carrier) -> None:
         ValueError: If it is no such command, or does not go by ``executor=hosted``.
         KeyboardInterrupt: If the run was stopped.
     """
-    from fl_lightning.notebook import run_script  # torch takes seconds to load, and who asks for sites has none
+    # Imported here: torch takes seconds to load, and who asks for sites has none. By name: NVFlare sends along with a job
+    # whatever its files import.
+    run_script = importlib.import_module("fl_lightning.notebook").run_script
 
     script, *words = shlex.split(command)
     hosted = "executor=hosted" in words or any(word.startswith("resume=") for word in words)
