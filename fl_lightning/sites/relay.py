@@ -302,8 +302,8 @@ def run_command(command: str, carrier: Carrier) -> None:
         ValueError: If it is no such command, or does not go by ``executor=hosted``.
         KeyboardInterrupt: If the run was stopped.
     """
-    # Imported here: torch takes seconds to load, and who asks for sites has none. By name: NVFlare sends along with a job
-    # whatever its files import.
+    # Imported here: torch takes seconds to load, and who asks for sites has none. By name: NVFlare sends along with a
+    # job whatever its files import.
     run_script = importlib.import_module("fl_lightning.notebook").run_script
 
     script, *words = shlex.split(command)
