@@ -233,7 +233,7 @@ class AdaptedModule(FederatedModule):
         )
         silence_lightning()
         trainer = Trainer(accelerator="cpu", max_epochs=1, num_sanity_val_steps=0, **options)
-        one = DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
+        one: DataLoader[Any] = DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
         if not self.own_optimizer:
             vars(trial.whole)["configure_optimizers"] = lambda: torch.optim.SGD(trial.parameters(), lr=0.0)
         with torch.random.fork_rng(devices=[]):
