@@ -151,6 +151,12 @@ def _answer(facts: Facts, decisions: Sequence[Decision]) -> str:
             "average"
             + (f", and their models change by {np.mean(costs):+.3f} on the other clients' data." if costs else ".")
         )
+    alone = [one for one in decisions if one.verdict == "personal" and _is_alone(facts, one.candidate)]
+    if alone:
+        lines.append(
+            f"{len(alone)} of them by a model that the client trained alone, without the federation: none that begins "
+            "with the global model validated better there."
+        )
     lines.append("Where undecided, keep the global model: it costs nothing and serves guests, too.")
     return f"<div class=cards>{cards}</div>" + "".join(f"<p>{line}</p>" for line in lines)
 
@@ -165,7 +171,10 @@ def _clients(facts: Facts, decisions: Sequence[Decision]) -> str:
     kept = [decisions[i] for i in order]
     home_scale = svg.around([end for one in kept for end in one.change.interval], 8, 132, zero=True)
     away_scale = svg.around([end for one in kept for end in one.elsewhere], 8, 132, zero=True)
-    rows = "".join(_client(facts.clients[i], decisions[i], home_scale, away_scale) for i in order)
+    rows = "".join(
+        _client(facts.clients[i], decisions[i], home_scale, away_scale, _is_alone(facts, decisions[i].candidate))
+        for i in order
+    )
     left_out = len(decisions) - len(order)
     note = f"{left_out} clients between the two ends are left out; see results.json." if left_out else ""
     return (
@@ -180,9 +189,15 @@ def _clients(facts: Facts, decisions: Sequence[Decision]) -> str:
     )
 
 
-def _client(client: ClientInfo, one: Decision, home: svg.Scale, away: svg.Scale) -> str:
+def _is_alone(facts: Facts, name: str | None) -> bool:
+    """Tell whether a strategy trains a client alone, from random weights."""
+    return name is not None and facts.groups[name][0][0].strategy.start == "random"
+
+
+def _client(client: ClientInfo, one: Decision, home: svg.Scale, away: svg.Scale, alone: bool) -> str:
     mark, colour = MARKS[one.verdict]
     candidate = f"{one.candidate} {one.setting}".strip() if one.candidate else ""
+    candidate += " (trained alone, without the federation)" if alone else ""
     advice = f"personal: {candidate}" if one.verdict == "personal" else one.verdict
     more = f"candidate: {candidate}" if candidate and one.verdict != "personal" else ""
     if one.examples is not None:

@@ -136,6 +136,9 @@ def test_the_page_stands_alone_and_says_what_the_results_say(personalized: Run) 
         expected = "personal" if low > 0 else "global" if high < 0 else "undecided"
         assert decision["verdict"] == expected
         assert f"[{low:+.3f}, {high:+.3f}]" in text
+    alone = [one["verdict"] for one in results["decisions"].values() if one["candidate"] == "local"]
+    assert text.count("local (trained alone, without the federation)") == len(alone)
+    assert ("of them by a model that the client trained alone" in text) == ("personal" in alone)
     assert results["source"]["partition_hash"] in text
 
 
