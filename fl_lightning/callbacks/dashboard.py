@@ -66,7 +66,7 @@ class Dashboard(FederatedCallback):
         counts, classes = torch.stack([client.label_counts for client in people]), self.class_names
         if not counts.shape[1]:  # no classes to tell apart: how much everybody has
             counts, classes = torch.tensor([[client.num_train] for client in people]), ["training examples"]
-        self._show(loop, "pictures/partition", draw_partition(counts.numpy(), names, classes), 0)
+        self._show(loop, "clients/partition", draw_partition(counts.numpy(), names, classes), 0)
         writer = self._writer(loop)
         if writer is not None and self.text:
             writer.add_text("configuration", "\n".join(f"    {line}" for line in self.text.splitlines()), 0)
@@ -92,10 +92,10 @@ class Dashboard(FederatedCallback):
             return
         exam, people = loop.global_exam("test", metrics=(), confusion=True), self.evaluation.people(loop, "global")
         if exam is not None:
-            name, scores = "pictures/confusion_global", loop.score((client, exam) for client in people)
+            name, scores = "clients/confusion_global", loop.score((client, exam) for client in people)
         else:
             exams = [(one, loop.personal_exam(one, "test", metrics=(), confusion=True)) for one in people]
-            name, scores = "pictures/confusion_personal", loop.score(exams)
+            name, scores = "clients/confusion_personal", loop.score(exams)
         counts = sum(one.confusion for one in scores if one.confusion is not None)
         if isinstance(counts, Tensor):
             self._show(loop, name, draw_confusion(counts.numpy(), self.class_names), loop.round - 1)
@@ -108,7 +108,7 @@ class Dashboard(FederatedCallback):
             values = torch.stack([values for _, values in rows])
             rounds = [round for round, _ in rows]
             figure = draw_client_rounds(values.numpy(), rounds, names, self.evaluation.metric)
-            self._show(loop, f"pictures/clients_over_rounds_{view}", figure, loop.round)
+            self._show(loop, f"clients/by_round_{view}", figure, loop.round)
 
     def _writer(self, loop: Server) -> Any:
         return loop.logger.experiment if isinstance(loop.logger, TensorBoardLogger) else None
@@ -116,7 +116,9 @@ class Dashboard(FederatedCallback):
     def _show(self, loop: Server, name: str, figure: Figure, step: int) -> None:
         from fl_lightning.evaluation.figures import log_image, save_png
 
-        log_image(loop.logger, name, save_png(figure, self.folder / f"{name.removeprefix('pictures/')}.png"), step)
+        # TensorBoard orders cards by name: who is served well and who is not comes first, then fit/train_loss.
+        file = name.removeprefix("clients/").replace("by_round", "clients_over_rounds")
+        log_image(loop.logger, name, save_png(figure, self.folder / f"{file}.png"), step)
 
 
 def thinned(rows: list[tuple[int, Tensor]], most: int) -> list[tuple[int, Tensor]]:

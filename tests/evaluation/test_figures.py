@@ -202,12 +202,12 @@ def test_images_go_to_every_logger_that_takes_them(tmp_path: Path) -> None:
         def log_image(self, key: str, images: list, step: int) -> None:
             seen.append((key, images, step))
 
-    log_image(Recorder(str(tmp_path)), "pictures/partition", image, 3)
+    log_image(Recorder(str(tmp_path)), "clients/partition", image, 3)
     ((name, images, step),) = seen
-    assert (name, step) == ("pictures/partition", 3)
+    assert (name, step) == ("clients/partition", 3)
     assert np.array_equal(images[0], image)
-    log_image(CSVLogger(str(tmp_path)), "pictures/partition", image)
-    log_image(None, "pictures/partition", image)
+    log_image(CSVLogger(str(tmp_path)), "clients/partition", image)
+    log_image(None, "clients/partition", image)
 
 
 @pytest.mark.slow
@@ -215,5 +215,5 @@ def test_mlflow_gets_images(tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
     pytest.importorskip("sqlalchemy")
     logger = MLFlowLogger("test", tracking_uri=f"sqlite:///{tmp_path / 'm.db'}", artifact_location=str(tmp_path / "a"))
-    log_image(logger, "pictures/partition", to_array(draw_partition(COUNTS, CLIENTS, CLASSES)), 3)
-    assert len(list((tmp_path / "a").rglob("pictures/partition_00003.png"))) == 1
+    log_image(logger, "clients/partition", to_array(draw_partition(COUNTS, CLIENTS, CLASSES)), 3)
+    assert len(list((tmp_path / "a").rglob("clients/partition_00003.png"))) == 1
