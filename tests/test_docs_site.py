@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -11,8 +12,11 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
 
 from fl_lightning.run.command_line import CONF
+from fl_lightning.run.overrides import explain
 from tests.federations import make_tiny_federation
 from tests.scripts import call
 
@@ -87,12 +91,56 @@ def test_the_reference_has_every_key_with_a_value() -> None:
         ]
         missing = [key for key in roots if f"| `{key}` |" not in page]
         assert not missing
+    assert "| `loop.on_bad_update` | `raise` | `raise | drop` |" in page  # the words, no name for them
+    assert "| `seed` | `1` | `int` |" in page
+    assert {file.name for file in CONF.iterdir() if file.is_dir()} - {"comparison", "experiment", "hydra"} <= {
+        group.split("/")[0] for group in pages.GROUPS
+    }
     for method in (CONF / "method").glob("*.yaml"):
         assert f"### method={method.stem}" in page
     table = [line for line in page.splitlines() if line.startswith("| `")]
     # Pipes within code are no borders of cells.
     bare = [re.sub(r"`[^`]*`", "", line) for line in table]
     assert all(len(re.findall(r"(?<!\\)\|", line)) == 5 for line in bare)
+
+
+def sentences() -> list[str]:
+    """The texts in the code, with an ellipsis for what is put into them."""
+    found = []
+    for file in (ROOT / "fl_lightning").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_the_sentences_of_troubleshooting_are_those_of_the_code() -> None:
+    """Each is found in the code, what is put into it at "…" left open, or is said when provoked."""
+    page = (DOCS / "reference" / "troubleshooting.md").read_text()
+    written = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    provoked = {
+        "there is no loop.round; did you mean loop.rounds?": ["loop.round=3"],
+        "there is no method=fedavgg; did you mean method=fedavg or method=fedavgm or method=lg_fedavg?": [
+            "method=fedavgg"
+        ],
+    }
+    known = sentences()
+    assert len(written) > 10
+    for sentence in written:
+        if words := provoked.pop(sentence, None):
+            with (
+                pytest.raises(ConfigCompositionException) as error,
+                initialize_config_dir(str(CONF), version_base="1.3"),
+            ):
+                compose("train", words)
+            assert explain(error.value, "train", words) == sentence
+            continue
+        parts = [part.strip() for part in sentence.split("…") if part.strip()]
+        assert any(all(part in text for part in parts) for text in known), sentence
+    assert not provoked
 
 
 @pytest.mark.slow
