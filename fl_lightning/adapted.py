@@ -253,7 +253,9 @@ class AdaptedModule(FederatedModule):
                     f"{name}.training_step must return a loss, or a dict with one, got {type(outputs[-1]).__name__}"
                 ) from None
             if not finite:
-                raise ValueError(f"{name}.training_step must return a finite loss, got {float(loss_of(outputs[-1]))}")
+                raise ValueError(
+                    f"{name}.training_step must return a finite loss, got {float(loss_of(outputs[-1]).detach())}"
+                )
 
 
 class Beside(Callback):

@@ -126,6 +126,10 @@ def test_from_yaml(tmp_path: Path) -> None:
             "module.label_smoothing: .* no such argument",
         ),
         (["module._target_=tests.own.Tensors", "method=fedper"], "'head' fits no tensor"),
+        (
+            ["module._target_=tests.own.Lit", "method=fedproto"],
+            "module.others: .* needs the module of the method: choose",
+        ),
         (["module._target_=tests.own.Lit", "method=moon"], "keeps to itself; choose another method"),
         (["module._target_=tests.own.Lit", "aggregator.weights=entropy"], "weights must be examples or uniform where"),
         (["model=mlp", "method=fml"], "task must be classification for method=fml, .* got regression"),
@@ -164,6 +168,10 @@ def test_data_modules_that_do_not_go_together() -> None:
 
     with pytest.raises(ValueError, match="must have the same num_classes, got 3 at a, 4 at b"):
         DataModules({"a": with_classes(3), "b": with_classes(4)})
+    with pytest.raises(ValueError, match="client a: Data makes no batches: num_samples should be a positive"):
+        DataModules({"a": Data(number=0)})
+    with pytest.raises(ValueError, match="data.clients must be a list of LightningDataModules, .* got Data"):
+        DataModules(Data())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="data.clients.b must be a LightningDataModule, got int"):
         DataModules({"a": Data(), "b": 3})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="data.unseen_clients must name clients"):

@@ -50,12 +50,17 @@ class ModuleClient(LightningDataModule):
         self._sizes: dict[str, int] = {}
         self.num_classes = 0
         with global_seed(derive_seed(seed, "setup", name), torch.device("cpu")):
-            module.prepare_data()
-            for stage in ("fit", "test"):
-                module.setup(stage)
-            targets = [y for _, y in self.eval_dataloader("train")] if self.num_train else []
-            for split in ("val", "test"):
-                self._count(split)
+            try:
+                module.prepare_data()
+                for stage in ("fit", "test"):
+                    module.setup(stage)
+                targets = [y for _, y in self.eval_dataloader("train")] if self.num_train else []
+                for split in ("val", "test"):
+                    self._count(split)
+            except Exception as error:
+                words = (str(error).splitlines() or [""])[0]
+                what = "" if type(error) is ValueError else f"{type(error).__name__}: "
+                raise ValueError(f"client {name}: {type(module).__name__} makes no batches: {what}{words}") from error
         if not targets:
             raise ValueError(f"client {name}: {type(module).__name__} has no training batch")
         self._targets: Tensor | None = torch.cat(targets)
@@ -161,10 +166,7 @@ class ModuleClient(LightningDataModule):
                 loader = None
             if isinstance(loader, (list, tuple)):
                 if len(loader) > 1:
-                    raise ValueError(
-                        f"client {self.name}: {type(self._module).__name__}.{split}_dataloader must return one loader, "
-                        f"got {len(loader)}"
-                    )
+                    raise ValueError(f"{split}_dataloader must return one loader, got {len(loader)}")
                 loader = loader[0] if loader else None
             if split == "train" and isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
                 loader = DataLoader(loader.dataset, batch_size=loader.batch_size or 1, collate_fn=loader.collate_fn)
@@ -247,6 +249,10 @@ class DataModules:
     ) -> None:
         if not clients:
             raise ValueError("data.clients must be a LightningDataModule for each client, got none")
+        if not isinstance(clients, (Mapping, Sequence)):
+            raise ValueError(
+                f"data.clients must be a list of LightningDataModules, or a dict by name, got {type(clients).__name__}"
+            )
         named = clients if isinstance(clients, Mapping) else {f"client {k}": one for k, one in enumerate(clients)}
         if client is not None and client not in named and len(named) > 1:
             raise ValueError(f"data.clients must hold {client}, or one client alone, got {', '.join(named)}")

@@ -96,7 +96,10 @@ def image_tensor(array: NDArray[Any], where: str, channels: int | None = None, r
         uint8, (N, C, H, W), contiguous.
     """
     if array.dtype != np.uint8:
-        raise TypeError(f"{where} must be images of dtype uint8 with values 0 to 255, got {array.dtype}.")
+        raise TypeError(
+            f"{where} must be images of dtype uint8 with values 0 to 255, got {array.dtype}; rows of numbers are for "
+            "data=table."
+        )
     if array.ndim == 3:
         array = array[..., None]
     if array.ndim != 4 or array.shape[-1] not in (1, 3):

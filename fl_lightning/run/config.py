@@ -212,10 +212,10 @@ def _check_call(node: Mapping[str, Any], path: str, given: Collection[str] | Non
     for key in [] if takes_anything else keys:
         if key not in by_name:
             close = get_close_matches(key, by_name)
-            raise ValueError(
-                f"{path}.{key}: {name} takes no such argument; "
-                f"{'did you mean ' + ' or '.join(close) + '?' if close else 'it takes ' + ', '.join(by_name)}"
-            )
+            words = f"did you mean {' or '.join(close)}?" if close else f"it takes {', '.join(by_name) or 'none'}"
+            if path == "module" and not close:
+                words += "; where the method sets it, it needs the module of the method: choose another method"
+            raise ValueError(f"{path}.{key}: {name} takes no such argument; {words}")
     if given is not None and not takes_anything and (unknown := [key for key in given if key not in by_name]):
         raise ValueError(f"{path}._target_ must take {', '.join(unknown)}, got {name!r}")
     if given is not None and not (node.get("_partial_") or "_args_" in node):
