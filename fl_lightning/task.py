@@ -612,8 +612,10 @@ def out_of_range(targets: Tensor, num_classes: int) -> str:
 
 
 def takes(make: Callable[..., Any], name: str) -> bool:
-    """Tell whether a callable takes an argument of a name; a class passes on to its parents what it does not name."""
+    """Tell whether a callable takes an argument that it was not given; a class passes to its parents what it lacks."""
     while isinstance(make, partial):
+        if name in make.keywords:
+            return False
         make = make.func
     if not inspect.isclass(make):
         known = inspect.signature(make).parameters

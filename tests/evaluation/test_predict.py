@@ -184,6 +184,13 @@ def test_a_metric_of_several_numbers_is_refused(datas: list[FakeData]) -> None:
         metrics.score(CountedForwards(), datas[1])
 
 
+def test_a_number_of_classes_that_was_given_stands(datas: list[FakeData]) -> None:
+    """So that a wrong one is said, and not put right without a word."""
+    metrics = Metrics({"few": partial(MulticlassAccuracy, num_classes=NUM_CLASSES - 1)})
+    with pytest.raises(ValueError, match=r"number of classes|preds.shape\[1\]|num_classes"):
+        metrics.score(CountedForwards(), datas[1])
+
+
 def test_clients_without_any_example_score_nan(datas: list[FakeData]) -> None:
     metrics = Metrics()
     values, totals, _ = metrics.score(CountedForwards(), datas[1], "val")
