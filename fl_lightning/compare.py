@@ -12,7 +12,7 @@ from fl_lightning import files
 from fl_lightning.audit import refuse_mixed
 from fl_lightning.comparison.definition import Comparison
 from fl_lightning.comparison.runner import answer, compare
-from fl_lightning.comparison.table import BEST, in_every_seed, over_seeds, read_runs
+from fl_lightning.comparison.table import BOLD, beyond_others, in_every_seed, over_seeds, read_runs
 from fl_lightning.evaluation.tables import latex_table, markdown_table
 
 USAGE = """usage: python -m fl_lightning.compare COMPARISON|FILE.yaml [runs=NAME,NAME] [seeds=1,2,3] [folder=DIR]
@@ -27,10 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _work(arguments: Sequence[str]) -> None:
     if folders := [Path(argument) for argument in arguments if Path(argument).is_dir()]:
-        if "--mixed" not in arguments:
+        mixed = "--mixed" in arguments
+        if not mixed:
             refuse_mixed(folders)
         finished = read_runs(folders)
-        print(markdown_table([over_seeds(found) for found in finished.values()], best=BEST))
+        best = {} if mixed else beyond_others(finished)
+        print(markdown_table([over_seeds(found) for found in finished.values()], best=best))
+        print("Mixed: these runs may not be comparable; nothing is in bold." if mixed else BOLD)
         return
     run(arguments)
 
@@ -66,7 +69,8 @@ def run(arguments: Sequence[str]) -> None:
     finished = compare(comparison, options["runs"].split(","), overrides, seeds, personalize)
     rows = [over_seeds(found) for found in finished.values() if found]
     stopped = any(len(found) < len(seeds) for found in finished.values())
-    table = markdown_table(rows, best=BEST) if rows else ""
+    best = {} if stopped else beyond_others(finished)
+    table = f"{markdown_table(rows, best=best)}\n{BOLD}" if rows else ""
     if stopped or not comparison.personalize:
         print(table)
     if stopped:
@@ -86,7 +90,7 @@ def run(arguments: Sequence[str]) -> None:
         table += f"\nWhat clients would use (personal, else global), in every seed of {options['seeds']}:\n\n"
         table += in_every_seed(finished)
         print(table[table.index("\nWhat") :])
-    for name, text in (("table.md", table), ("table.tex", latex_table(rows, best=BEST))):
+    for name, text in (("table.md", table), ("table.tex", latex_table(rows, best=best))):
         files.write_text(comparison.tables / name, text)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,12 @@ from fl_lightning.run.folder import RunFolder
 TOLD = ("method=", "seed=", "resume=", "hydra.")
 """Overrides that the name of a run leaves out: the method is its first word, and seeds are averaged over."""
 
-BEST: Best = dict.fromkeys(("global", "personal", "worst personal", "worst global", "unseen", "own", "everyone"), "max")
+SCORES = ("global", "personal", "worst personal", "worst global", "unseen", "own", "everyone")
+"""Columns in which a row may be in bold."""
+
+BOLD = """Bold: above every other row by the paired t-test over seeds at 0.05, corrected for their number (Bonferroni);
+of one seed nothing is.
+"""
 
 
 def own(row: Mapping[str, Any]) -> float | None:
@@ -47,7 +53,8 @@ def read_runs(folders: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
         folders: Run folders of ``train.py``.
 
     Returns:
-        By name a row for each seed. The name is the method with the overrides that not all of the runs have.
+        By name a row for each seed, in the order of seeds. The name is the method with the overrides that not all of
+        the runs have.
     """
     found = []
     for path in folders:
@@ -59,7 +66,7 @@ def read_runs(folders: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
     if len(metrics := sorted({str(results.get("metric")) for _, _, results in found})) > 1:
         raise ValueError(f"the runs have different metrics, {', '.join(metrics)}; compare those of one")
     words = [[word for word in run.started_with() if not word.startswith(TOLD)] for run, _, _ in found]
-    rows: dict[str, list[dict[str, Any]]] = {}
+    rows: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     seen: dict[tuple[str, int], Path] = {}
     for own, (run, config, results) in zip(words, found, strict=True):
         name = " ".join(
@@ -68,8 +75,31 @@ def read_runs(folders: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
         before = seen.setdefault((name, config["seed"]), run.path)
         if before != run.path:
             raise ValueError(f"{before} and {run.path} are both {name} with seed {config['seed']}; leave one out")
-        rows.setdefault(name, []).append(row(name, results))
-    return rows
+        rows.setdefault(name, []).append((config["seed"], row(name, results)))
+    return {name: [one for _, one in sorted(several, key=itemgetter(0))] for name, several in rows.items()}
+
+
+def beyond_others(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Best:
+    """Return by column the row that is above every other one beyond what seeds would give by chance, if one is.
+
+    Args:
+        rows: By name a row for each seed; all names have the same seeds, in the same order.
+    """
+    names, found = list(rows), {}
+    for column in SCORES:
+        scores = {name: [row.get(column) for row in several] for name, several in rows.items()}
+        known = {name: [one for one in values if one is not None] for name, values in scores.items()}
+        known = {name: values for name, values in known.items() if len(values) == len(scores[name]) > 1}
+        if len(known) < 2 or len({len(values) for values in known.values()}) > 1:
+            continue
+        from fl_lightning.comparison.study import paired  # scipy takes a second to import
+        from fl_lightning.evaluation.uncertainty import LEVEL
+
+        best = max(known, key=lambda name: sum(known[name]))
+        tests = [paired("", known[best], values) for name, values in known.items() if name != best]
+        if all(one.difference.mean > 0 and one.p * len(tests) < 1 - LEVEL for one in tests):
+            found[column] = [names.index(best)]
+    return found
 
 
 def over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
