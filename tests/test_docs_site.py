@@ -62,7 +62,6 @@ def test_the_tutorial_of_a_method(folder: Path) -> None:
 
 
 def test_the_tutorial_of_data(folder: Path) -> None:
-    (folder / "DIR").mkdir()
     (block,) = blocks("your_data.md")
     exec(compile(block, "your_data.md", "exec"), {})
     short = ["loop.rounds=1", "logger=none", "dashboard=null", "hydra.run.dir=run"]
