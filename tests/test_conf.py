@@ -12,6 +12,7 @@ from fl_lightning.personalization.strategy import build_strategies
 from fl_lightning.run.command_line import CONF
 from fl_lightning.run.config import check, instantiate
 from fl_lightning.run.trust import check_trusted
+from tests.federations import every
 
 GROUPS = ("data", "model", "optimizer", "trainer", "executor", "logger", "method", "experiment")
 WITHOUT_ROOT = ("digits", "digit_masks", "modules", "sites")
@@ -21,6 +22,8 @@ OPTIONS = [
     for path in sorted((CONF / group).rglob("*.yaml"))
     if (group, path.parent.name) != ("data", "partitioner") and not path.name.startswith("_")
 ]
+FIRST = list({group: (group, option) for group, option in reversed(OPTIONS)}.values())
+"""One of each group; the others run in the second part of ``make test``."""
 
 
 def composed(name: str, *overrides: str) -> DictConfig:
@@ -30,10 +33,7 @@ def composed(name: str, *overrides: str) -> DictConfig:
 
 @pytest.mark.parametrize(
     ("group", "option"),
-    [
-        pytest.param(*pair, id="/".join(pair), marks=[pytest.mark.every] * (pair[0] in ("method", "experiment")))
-        for pair in OPTIONS
-    ],
+    [pytest.param(*pair, id="/".join(pair), marks=[] if pair in FIRST else pytest.mark.every) for pair in OPTIONS],
 )
 def test_every_option_composes_and_names_existing_arguments(group: str, option: str) -> None:
     cfg = composed(
@@ -70,7 +70,13 @@ def test_what_follows_from_another_key(overrides: list[str], key: str, value: ob
     assert OmegaConf.select(composed("train", *overrides), key) == value
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "personalization").glob("[!_]*.yaml")))
+@pytest.mark.parametrize(
+    "name",
+    [
+        every(path.stem, fast=path.stem in ("ft", "lp_ft", "soup_ft"))
+        for path in sorted((CONF / "personalization").glob("[!_]*.yaml"))
+    ],
+)
 def test_every_strategy_can_be_made(name: str) -> None:
     if "ora_" in name:
         pytest.importorskip("peft")
@@ -78,13 +84,21 @@ def test_every_strategy_can_be_made(name: str) -> None:
     assert {strategy.name for strategy in strategies} == {"none", "local", name}
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "data" / "partitioner").glob("*.yaml")))
+@pytest.mark.parametrize(
+    "name",
+    [
+        every(path.stem, fast=path.stem == "dirichlet")
+        for path in sorted((CONF / "data" / "partitioner").glob("*.yaml"))
+    ],
+)
 def test_every_partitioner_composes_and_names_existing_arguments(name: str) -> None:
     cfg = composed("train", "data=cifar10", "data.root=somewhere", f"data/partitioner={name}")
     check(cfg.data, "data")
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
+@pytest.mark.parametrize(
+    "name", [every(path.stem, fast=path.stem == "cnn2") for path in sorted((CONF / "model").glob("*.yaml"))]
+)
 def test_every_model_can_be_made(name: str) -> None:
     cfg = composed("train", f"model={name}")
     channels = 1 if name.startswith(("gpt", "hf")) else 3  # token sequences have one

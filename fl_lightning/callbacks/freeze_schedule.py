@@ -40,8 +40,9 @@ class Phase:
     batch_norm: BatchNormPolicy = "train"
 
     def __post_init__(self) -> None:
-        if isinstance(self.train, str) or not self.train:
-            raise ArgumentError(f"phases.train must be a list of at least one pattern like [head], got {self.train!r}")
+        train = self.train
+        if not (isinstance(train, (list, tuple)) and train and all(isinstance(one, str) for one in train)):
+            raise ArgumentError(f"phases.train must be a list of at least one pattern like [head], got {train!r}")
         if self.epochs is not None and self.steps is not None:
             raise ValueError(f"a phase lasts for epochs or for steps, got both: {self.epochs} and {self.steps}")
         for name in ("epochs", "steps"):

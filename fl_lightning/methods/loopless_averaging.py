@@ -44,6 +44,7 @@ class LooplessAveraging(FederatedCallback):
     def __init__(self, p: float = 0.2, lam: float = 1.0, lr: float = 0.05, seed: int = 0) -> None:
         within("p", p, "[0, 1)")
         at_least("lam", lam, 0)
+        at_least("lr", lr, 0)
         self.step = lr * lam * (1 - p) / p if p else 0.0
         if self.step > 0.5:
             raise ValueError(f"lr * lam * (1 - p) / p must be at most 1/2, got {self.step:g}; lower lam or raise p")

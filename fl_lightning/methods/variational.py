@@ -110,6 +110,7 @@ class ClientFactors(FederatedCallback):
     """
 
     def __init__(self, damping: float = 0.1) -> None:
+        within("damping", damping, "(0, 1]")
         self.damping = damping
 
     @override

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from fl_lightning import files
 from fl_lightning.adapted import AdaptedModule
 from fl_lightning.callbacks.low_rank_adaptation import LowRankAdaptation
-from fl_lightning.checks import at_least, one_of, whole
+from fl_lightning.checks import above, at_least, one_of, whole
 from fl_lightning.client import Broadcast, Client, Update
 from fl_lightning.evaluation.summary import mean, present
 from fl_lightning.executors.executor import Executor
@@ -33,8 +33,9 @@ from fl_lightning.personalization.scoring import Scoring
 from fl_lightning.personalization.selection import Selection
 from fl_lightning.personalization.source import Source, Training, beside, open_source, read_training
 from fl_lightning.personalization.strategy import Strategy, build_strategies, kept_by
-from fl_lightning.run.config import instantiate, plain
+from fl_lightning.run.config import check, instantiate, plain
 from fl_lightning.run.folder import NO_INFLUENCE, RunFolder
+from fl_lightning.run.own_module import arguments_of
 from fl_lightning.run.training import build_module, check_accelerator
 from fl_lightning.seeding import derive_seed
 from fl_lightning.sharing import Sharing
@@ -61,8 +62,12 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         What is written to ``results.json``.
     """
     config = plain(cfg)
+    check({**config, "module": arguments_of(config["module"])})
     run_folder = RunFolder(folder)
     at_least("seeds", config["seeds"], 1)
+    whole("lp_epochs", config["lp_epochs"], 0)
+    for name in ("lp_lr", "ft_lr"):
+        above(name, config[name], 0, or_null=True)
     one_of("intervals", config["intervals"], ("examples", "clients", None))
     check_accelerator(config["trainer"])
     others = tried_on(config["matrix"])

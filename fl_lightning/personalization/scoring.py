@@ -49,7 +49,7 @@ class Scoring:
         """
         before = training.config["evaluation"] if training is not None else {}
         chosen = {key: before.get(key) for key in ("metric", "mode", "metrics")}
-        if given.get("metric") or given.get("metrics"):
+        if given.get("metric") is not None or given.get("metrics"):
             chosen["mode"] = None  # it was of another metric
         chosen |= {key: given[key] for key in chosen if given.get(key) is not None}
         listed = metric_makers(chosen["metrics"]) or {}
@@ -57,7 +57,7 @@ class Scoring:
         own = [name for name in task.defaults if name != "loss" or "loss" in (chosen["metric"], *listed)]
         metrics = Metrics({**dict.fromkeys(own), **listed}, task)
         metrics.use(task, chosen["metric"])
-        metric = chosen["metric"] or next(iter(listed), None)
+        metric = next(iter(listed), None) if chosen["metric"] is None else chosen["metric"]
         evaluation = FederatedEvaluation(metric=metric, mode=chosen["mode"])
         evaluation.choose_metric(metrics, num_classes)
         directions = {name: metrics.mode(name, num_classes) == "max" for name in metrics.names}

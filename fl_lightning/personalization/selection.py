@@ -51,8 +51,6 @@ class Selection:
     def of(cls, config: Mapping[str, Any], scoring: Scoring) -> Selection:
         """Read ``select`` and ``best_of``."""
         given = config["select"]
-        if unknown := sorted(set(given) - {"by", "per", "margin"}):
-            raise ValueError(f"select.{unknown[0]} is no key; there are by, per and margin")
         one_of("select.by", given["by"], BY)
         one_of("select.per", given["per"], PER)
         at_least("select.margin", given["margin"], 0)

@@ -33,6 +33,9 @@ from fl_lightning.sharing import Sharing
 SETTINGS = ("epochs", "batch_size", "trainer", "optimizer", "scheduler", "local", "callbacks", "flooding")
 """What every strategy has: as the root of the configuration says, or as the strategy's own node does."""
 
+NODES = ("trainer", "optimizer", "local", "callbacks", "flooding")
+"""Which of them are nodes."""
+
 OWN = ("train", "start", "fits_in_turn", "best_epoch", "adapters")
 STARTS = ("global", "random")
 
@@ -215,6 +218,9 @@ def _node(name: str, own: Mapping[str, Any], config: Mapping[str, Any], training
                 f"personalization.{name}.{key} is no setting of a strategy; "
                 + (f"did you mean {close[0]}?" if close else f"these are: {', '.join((*SETTINGS, *OWN))}")
             )
+    for key in NODES:
+        if key in own and not isinstance(own[key], Mapping):
+            raise ValueError(f"personalization.{name}.{key} must be a node with settings, got {own[key]!r}")
     common = {key: config[key] for key in SETTINGS}
     if own.get("start") == "random" and training is not None:
         # Who trains alone does it as in the federation, for as long as that and the fine-tuning together.
@@ -283,9 +289,11 @@ def _build(name: str, values: dict[str, Any], node: Mapping[str, Any]) -> Strate
         return Strategy(label, name, values, node["start"], False, local, {}, {}, {**parts, "callbacks": {}})
     nodes = {key: value for key, value in node["callbacks"].items() if value is not None}
     callbacks = instantiate_dict(nodes, f"{path}.callbacks")
-    if node["flooding"]["level"] is not None:
-        nodes["flooding"] = {"_target_": _path(LossFlooding), **node["flooding"]}
-        callbacks["flooding"] = instantiate(nodes["flooding"], f"{path}.flooding")
+    flooding = {"_target_": _path(LossFlooding), **node["flooding"]}
+    # Made also where it is off, so that what is wrong beside the level is refused.
+    made = instantiate({**flooding, "level": flooding.get("level") or 0.0}, f"{path}.flooding")
+    if flooding.get("level") is not None:
+        nodes["flooding"], callbacks["flooding"] = flooding, made
     for key, callback in callbacks.items():
         named(key, callback)
     return Strategy(

@@ -65,6 +65,47 @@ class TrainConfig:
 
 
 @dataclass
+class SelectConfig:
+    """What is chosen on validation data."""
+
+    per: Optional[str] = MISSING  # noqa: UP045
+    by: str = MISSING
+    margin: float = MISSING
+
+
+@dataclass
+class NewcomersConfig:
+    """With how many examples clients are tried that never took part, and how often."""
+
+    examples: Optional[list[Optional[int]]] = MISSING  # noqa: UP045
+    draws: int = MISSING
+
+
+@dataclass
+class ScoresConfig:
+    """What is scored; None: as in the run that is personalized."""
+
+    metric: Optional[str] = None  # noqa: UP045
+    mode: Optional[str] = None  # noqa: UP045
+    metrics: Any = None
+
+
+@dataclass
+class CurvesConfig:
+    """How often curves have a point."""
+
+    every: Optional[int] = MISSING  # noqa: UP045
+
+
+@dataclass
+class FloodingConfig:
+    """Above what level the training loss is kept, and from which epoch on."""
+
+    level: Optional[float] = None  # noqa: UP045
+    from_epoch: int = 0
+
+
+@dataclass
 class PersonalizeConfig:
     """The root of ``conf/personalize.yaml``; read as :class:`TrainConfig` is."""
 
@@ -86,12 +127,12 @@ class PersonalizeConfig:
     save_models: bool = MISSING
     figures: bool = MISSING
     intervals: Optional[str] = None  # noqa: UP045
-    select: dict[str, Any] = field(default_factory=dict)
+    select: SelectConfig = field(default_factory=SelectConfig)
     best_of: Optional[list[str]] = None  # noqa: UP045
     matrix: Any = True
-    newcomers: Any = MISSING
-    evaluation: Any = MISSING
-    curves: Any = MISSING
+    newcomers: NewcomersConfig = field(default_factory=NewcomersConfig)
+    evaluation: ScoresConfig = field(default_factory=ScoresConfig)
+    curves: CurvesConfig = field(default_factory=CurvesConfig)
     data: Any = None
     task: Any = None
     model: Any = None
@@ -99,7 +140,7 @@ class PersonalizeConfig:
     optimizer: Any = MISSING
     scheduler: Any = None
     trainer: Any = MISSING
-    flooding: Any = MISSING
+    flooding: FloodingConfig = field(default_factory=FloodingConfig)
     local: Any = MISSING
     executor: Any = MISSING
     callbacks: dict[str, Any] = field(default_factory=dict)
@@ -135,13 +176,8 @@ def instantiate(node: Any, path: str, /, *args: Any, **kwargs: Any) -> Any:
     """
     if node is None:
         return None
-    if not isinstance(node, (Mapping, DictConfig)):
-        raise ValueError(
-            f"{path}: expected a node with _target_, got {node!r}; for one value of it, write {path}.<key>=..."
-        )
+    check_node(node, path)
     check(node, path, kwargs)
-    if "_target_" not in node:
-        raise ValueError(f"{path} must name a class by _target_, got the keys {', '.join(map(str, node)) or 'none'}")
     node = {key: value for key, value in node.items() if key not in APART.get(path, ())}
     try:
         return hydra_instantiate(node, *args, _convert_="all", **kwargs)
@@ -153,6 +189,16 @@ def instantiate(node: Any, path: str, /, *args: Any, **kwargs: Any) -> Any:
         if isinstance(error.__cause__, (ValueError, TypeError, OSError, ImportError)):
             raise error.__cause__ from None
         raise ValueError(f"{path}: {error.__cause__ or str(error).splitlines()[0]}") from error
+
+
+def check_node(node: Any, path: str) -> None:
+    """Refuse what names no class."""
+    if not isinstance(node, (Mapping, DictConfig)):
+        raise ValueError(
+            f"{path}: expected a node with _target_, got {node!r}; for one value of it, write {path}.<key>=..."
+        )
+    if "_target_" not in node:
+        raise ValueError(f"{path} must name a class by _target_, got the keys {', '.join(map(str, node)) or 'none'}")
 
 
 def instantiate_dict(node: Mapping[str, Any] | None, path: str) -> dict[str, Any]:
@@ -197,6 +243,8 @@ def check(node: Any, path: str = "", given: Collection[str] | None = None) -> No
 
 def _check_call(node: Mapping[str, Any], path: str, given: Collection[str] | None) -> None:
     name = node["_target_"]
+    if not isinstance(name, str):
+        raise ValueError(f"{path}._target_ must name a class or function, got {'null' if name is None else name}")
     try:
         target = get_object(name)
     except Exception as error:
@@ -222,6 +270,8 @@ def _check_call(node: Mapping[str, Any], path: str, given: Collection[str] | Non
         for key in by_name:
             if parameters[key].default is inspect.Parameter.empty and key not in {*keys, *given}:
                 raise ValueError(f"{path}.{key} must be given, or {path}._partial_=true where {name} is called later")
+    if not isinstance(node.get("_partial_", False), bool):
+        raise ValueError(f"{path}._partial_ must be true or false, got {node['_partial_']!r}")
     hints = _hints(target)
     for key in keys:
         if key in hints and not fits(node[key], hints[key]):
@@ -276,7 +326,9 @@ def fits(value: Any, hint: Any) -> bool:
         if issubclass(kind, tuple) and args and ... not in args:
             return len(value) == len(args) and all(map(fits, value, args))
         return not args or all(fits(item, args[0]) for item in value)
-    return getattr(kind, "_is_protocol", False) or isinstance(value, kind)  # of another class: only a node makes one
+    if getattr(kind, "_is_protocol", False):
+        return all(hasattr(value, name) for name in vars(kind) if not name.startswith("_"))
+    return isinstance(value, kind)  # of another class: only a node makes one
 
 
 def expected(hint: Any) -> str:
@@ -308,27 +360,56 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError: If a key was added that nothing reads, or one that must be given is missing or null, by its key.
     """
-    schema = OmegaConf.get_type(cfg)
-    known = {entry.name: entry for entry in fields(schema)} if is_dataclass(schema) else {}
-    for name in map(str, cfg):
-        if known and name not in known:
-            close = get_close_matches(name, known)
-            raise ValueError(
-                f"{name} is no key of the configuration; "
-                + (f"did you mean {' or '.join(close)}?" if close else f"these are: {', '.join(known)}")
-            )
+    _check_known(cfg)
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ValueError(f"{missing[0]} must be given; add {missing[0]}=... to the command")
     config = typing.cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True))
-    for name, entry in known.items():
-        if entry.default != MISSING:
-            config.setdefault(name, entry.default_factory() if callable(entry.default_factory) else entry.default)
-        elif config.get(name) is None:
+    schema = OmegaConf.get_type(cfg)
+    for entry in fields(schema) if is_dataclass(schema) else ():
+        name, make = entry.name, entry.default_factory
+        if (entry.default == MISSING or is_dataclass(make)) and config.get(name) is None:
             raise ValueError(f"{name} must be given, got {'null' if name in config else f'~{name}'}")
-    if "method" in known and not isinstance(method := (config["method"] or {}).get("name"), str):
-        raise ValueError(f"method.name must be a name, got {'null' if method is None else method}; set method=fedavg")
+        config.setdefault(name, make() if callable(make) else entry.default)
+    if is_dataclass(schema) and "method" in config:
+        _check_method(config["method"] or {}, OmegaConf.to_yaml(cfg))
     return config
+
+
+def _check_known(cfg: DictConfig, path: str = "") -> None:
+    """Refuse a key that ``+`` added to a node of the schema."""
+    schema = OmegaConf.get_type(cfg)
+    if not is_dataclass(schema):
+        return
+    known = [entry.name for entry in fields(schema)]
+    for name in map(str, cfg):
+        if name not in known:
+            close = [path + one for one in get_close_matches(name, known)]
+            raise ValueError(
+                f"{path}{name} is no key of the configuration; "
+                + (f"did you mean {' or '.join(close)}?" if close else f"these are: {', '.join(known)}")
+            )
+        refers = OmegaConf.is_missing(cfg, name) or OmegaConf.is_interpolation(cfg, name)
+        if not refers and isinstance(node := cfg[name], DictConfig):
+            _check_known(node, f"{path}{name}.")
+
+
+def _check_method(method: Mapping[str, Any], text: str) -> None:
+    """Check that a method has a name, and that what stands beside it is read, as in ``${method.head_epochs}``.
+
+    Args:
+        method: The node.
+        text: The whole configuration with its interpolations.
+    """
+    name = method.get("name")
+    if not isinstance(name, str):
+        raise ValueError(f"method.name must be a name, got {'null' if name is None else name}; set method=fedavg")
+    read = re.findall(r"\$\{method\.(\w+)", text)
+    for key in map(str, method):
+        if key != "name" and key not in read:
+            close = [f"method.{one}" for one in get_close_matches(key, set(read))]
+            hint = f"did you mean {' or '.join(close)}?" if close else f"leave it out, or ~method.{key} does"
+            raise ValueError(f"method.{key} is read by no other key; {hint}")
 
 
 def differences(old: Any, new: Any, ignore: Iterable[str] = (), path: str = "") -> list[str]:

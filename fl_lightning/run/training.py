@@ -42,7 +42,7 @@ from fl_lightning.models.export import read_global_model
 from fl_lightning.models.model import Model
 from fl_lightning.models.timm import compare_normalization
 from fl_lightning.module import FederatedModule
-from fl_lightning.run.config import check, instantiate, instantiate_dict, plain
+from fl_lightning.run.config import check, check_node, instantiate, instantiate_dict, plain
 from fl_lightning.run.folder import RunFolder
 from fl_lightning.run.own_module import adapted, arguments_of, check_adapted, takes_no_model
 from fl_lightning.run.results import finish, result_table
@@ -214,6 +214,7 @@ def check_metrics(metrics: Metrics, module: FederatedModule, data: FederatedData
 
 def check_accelerator(trainer: Mapping[str, Any]) -> None:
     """Check that there is a GPU where one is asked for."""
+    check_node(trainer, "trainer")
     asked = trainer.get("accelerator")
     if isinstance(asked, str):
         own = set(AcceleratorRegistry.available_accelerators()) - {"cpu", "cuda", "mps", "tpu"}  # that users registered
@@ -278,6 +279,7 @@ def new_module(
     these.
     """
     task = task or Classification()
+    check_node(config["module"], "module")
     if takes_no_model(config["module"]):
         sizes = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
         return adapted(config, sizes, task)
@@ -368,13 +370,18 @@ def metric_makers(node: Any) -> dict[str, Callable[..., Metric] | None] | None:
     Returns:
         Makers by name, None for a metric of the task; None where nothing is given.
     """
-    if not node:
+    if node is None or node in ([], {}):
         return None
     if isinstance(node, str):
         node = [node]
     if isinstance(node, (list, tuple)):
         return dict.fromkeys(map(str, node))
+    if not isinstance(node, Mapping):
+        raise ValueError(f"evaluation.metrics must be a list of names, or nodes by name, got {node!r}")
     nodes = {name: entry for name, entry in node.items() if isinstance(entry, Mapping)}
+    for name, entry in node.items():
+        if not (entry is None or name in nodes or entry == name):
+            raise ValueError(f"evaluation.metrics.{name} must be a node with _target_, null or {name}, got {entry!r}")
     made = instantiate_dict(nodes, "evaluation.metrics")
     return {name: made.get(name) for name in node if name in made or node[name] == name}
 

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from fl_lightning.callback import FederatedCallback
+from fl_lightning.checks import above
 from fl_lightning.split.alignment import Alignment
 from fl_lightning.split.body import MakeOptimizer, ServerBody
 from fl_lightning.split.cut import Cut
@@ -67,6 +68,7 @@ class SplitFit(FederatedCallback):
         self.make_optimizer = optimizer
         self.keep_optimizer = keep_optimizer
         self.alignment = alignment or Alignment(weight=0.0)
+        above("clip", clip, 0, or_null=True)
         self.clip = clip
         self.frozen = frozen
 

@@ -106,6 +106,7 @@ def test_seeds_are_runs_of_their_own(tiny: Comparison) -> None:
         compare(tiny, ["fedavg"], seeds=[1, 1])
 
 
+@pytest.mark.every
 def test_a_grid_is_tried_with_the_first_seed_and_chosen_by_validation(tiny: Comparison) -> None:
     # At rate 0 nothing is learned, at 1e30 every update diverges.
     tiny.grids = {"fedavg": {"optimizer.lr": [0.0001, 0.1, 1e30], "loop.rounds": [2]}, "warm": {"seed": [1, 1, 1]}}
@@ -184,6 +185,7 @@ def test_what_does_not_exist_is_named_with_what_does(tiny: Comparison) -> None:
         main([COMPARISONS[0], "seeds=one"])
 
 
+@pytest.mark.every
 def test_finished_runs_of_a_sweep_are_put_into_one_table(
     tiny: Comparison, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -32,6 +32,8 @@ from fl_lightning.state import State
 from tests.data.made import pool
 from tests.federations import add_recorder, federation, tiny_model
 
+EVERY = pytest.mark.every
+
 #: Clients have 26, 34 and 19 examples, so batches and numbers of steps differ.
 PLAIN = ["model.batch_norm=false", "trainer.max_epochs=2", "data.val_fraction=0.0", "data.avoid_single=false"]
 
@@ -68,25 +70,27 @@ def overrides(*more: str) -> list[str]:
     [
         [],
         ["executor.clients=2"],
-        ["sharing.personal=[head]", "module.label_smoothing=0.1"],
-        ["method=fedprox", "callbacks.proximal.mu=0.5"],
-        ["~optimizer", "+optimizer={_target_: torch.optim.Adam, _partial_: true, lr: 0.01}"],
+        pytest.param(["sharing.personal=[head]", "module.label_smoothing=0.1"], marks=EVERY),
+        pytest.param(["method=fedprox", "callbacks.proximal.mu=0.5"], marks=EVERY),
+        pytest.param(["~optimizer", "+optimizer={_target_: torch.optim.Adam, _partial_: true, lr: 0.01}"], marks=EVERY),
         [
             "method=fedprox",
             "callbacks.proximal.mu=0.5",
             "+callbacks.freeze._target_=fl_lightning.callbacks.freeze_schedule.FreezeSchedule",
             "+callbacks.freeze.phases=[{train: [head], epochs: 1, lr: 0.1}, {train: ['*']}]",
         ],
-        [*MIXING, "sharing.buffers=local"],
+        pytest.param([*MIXING, "sharing.buffers=local"], marks=EVERY),
         [
             *MIXING,
             "+callbacks.freeze._target_=fl_lightning.callbacks.freeze_schedule.FreezeSchedule",
             "+callbacks.freeze.phases=[{train: [head], epochs: 1}, {train: ['*'], batch_norm: frozen, lr: 0.02}]",
             *BY_STEP,
         ],
-        ["scheduler={_target_: torch.optim.lr_scheduler.ExponentialLR, _partial_: true, gamma: 0.5}"],
+        pytest.param(
+            ["scheduler={_target_: torch.optim.lr_scheduler.ExponentialLR, _partial_: true, gamma: 0.5}"], marks=EVERY
+        ),
         ["method=scaffold"],
-        ["method=feddyn", "sharing.personal=[head]"],
+        pytest.param(["method=feddyn", "sharing.personal=[head]"], marks=EVERY),
     ],
     ids=[
         "fedavg", "in groups", "personal head", "fedprox", "adam", "freezing", "BatchNorm and dropout",

@@ -9,7 +9,7 @@ import torch
 
 from fl_lightning.run.training import Federation
 from fl_lightning.state import State
-from tests.federations import add_recorder, assert_same, federation
+from tests.federations import add_recorder, assert_same, every, federation
 
 PLAIN = ["trainer.max_epochs=1", "aggregator.weights=examples"]
 CLIPPED = ["trainer.gradient_clip_val=0.05"]
@@ -21,6 +21,8 @@ PROBE = [
     "+callbacks.probe.phases=[{train:[head]}]",
 ]
 
+
+EVERY = pytest.mark.every
 
 REFERENCES: dict[tuple[str, ...], Federation] = {}
 
@@ -43,27 +45,28 @@ def reference_run(tiny_root: Path, folder: Path, *overrides: str) -> Federation:
     [
         (["method=fedper", "sharing.personal=[]"], []),
         (["method=fedftha", "sharing.personal=[]", "method.tau_sync=1", "method.tau_head=0", *PLAIN], []),
-        (
+        pytest.param(
             ["method=fedftha", "sharing.personal=[]", "method.tau_sync=1", "method.tau_head=0", "trainer.max_epochs=1"],
             UNIFORM,
+            marks=EVERY,
         ),
-        (["method=lg_fedavg", "sharing.shared=['*']", *PLAIN], []),
+        pytest.param(["method=lg_fedavg", "sharing.shared=['*']", *PLAIN], [], marks=EVERY),
         (["method=apfl", "module.alpha=0", "module.adaptive=false"], []),
-        (["method=apfl", "module.mix=outputs"], []),
-        (["method=apfl", *CLIPPED], CLIPPED),
+        pytest.param(["method=apfl", "module.mix=outputs"], [], marks=EVERY),
+        pytest.param(["method=apfl", *CLIPPED], CLIPPED, marks=EVERY),
         (["method=ditto"], []),
-        (["method=ditto", *CLIPPED], CLIPPED),
-        (["method=reptile"], []),
+        pytest.param(["method=ditto", *CLIPPED], CLIPPED, marks=EVERY),
+        pytest.param(["method=reptile"], [], marks=EVERY),
         (["method=fedbn", "+model.batch_norm=false"], ["+model.batch_norm=false", *UNIFORM]),
-        (["method=fedala", "module.rate=0"], []),
-        (["method=fml", "module.beta=1"], UNIFORM),
-        (["method=fedrod", "module.gamma=0"], []),
+        pytest.param(["method=fedala", "module.rate=0"], [], marks=EVERY),
+        pytest.param(["method=fml", "module.beta=1"], UNIFORM, marks=EVERY),
+        pytest.param(["method=fedrod", "module.gamma=0"], [], marks=EVERY),
         pytest.param(["method=fedrod", "module.gamma=0", *CLIPPED], CLIPPED, marks=pytest.mark.slow),
-        (["method=fedppa", *ALIGNED], []),
-        (["method=dypfl"], []),
-        (["method=pfedpt", "module.width=0", "method.prompt_epochs=0"], []),
+        pytest.param(["method=fedppa", *ALIGNED], [], marks=EVERY),
+        pytest.param(["method=dypfl"], [], marks=EVERY),
+        pytest.param(["method=pfedpt", "module.width=0", "method.prompt_epochs=0"], [], marks=EVERY),
         (["method=feddyn", "callbacks.regularization.alpha=0"], UNIFORM),
-        (["method=moon", "callbacks.contrast.mu=0"], []),
+        pytest.param(["method=moon", "callbacks.contrast.mu=0"], [], marks=EVERY),
         (["method=scaffold", "loop.rounds=1"], ["optimizer.momentum=0", "loop.rounds=1", *UNIFORM]),
     ],
     ids=lambda value: " ".join(value),
@@ -82,11 +85,11 @@ def test_the_global_model_is_that_of_fedavg(
     [
         (["method=fedper", "sharing.shared=[]"], "", []),
         (["method=ditto", "module.lam=0"], "personal.", []),
-        (["method=ditto", "module.lam=0", *CLIPPED], "personal.", CLIPPED),
-        (["method=apfl", "module.alpha=1", "module.adaptive=false"], "personal.", []),
-        (["method=fml", "module.alpha=1"], "personal.", []),
+        pytest.param(["method=ditto", "module.lam=0", *CLIPPED], "personal.", CLIPPED, marks=EVERY),
+        pytest.param(["method=apfl", "module.alpha=1", "module.adaptive=false"], "personal.", [], marks=EVERY),
+        pytest.param(["method=fml", "module.alpha=1"], "personal.", [], marks=EVERY),
         (["method=l2gd", "callbacks.averaging.p=0"], "", ["optimizer.momentum=0"]),
-        (["method=mocha", "callbacks.relations.lam=0"], "", []),
+        pytest.param(["method=mocha", "callbacks.relations.lam=0"], "", [], marks=EVERY),
         (["method=fedfomo", "callbacks.others.models=0"], "", []),
         pytest.param(
             ["method=dypfl", "callbacks.opt_in.willing=1", "callbacks.opt_in.incentive=0", "module.lam=0"],
@@ -94,13 +97,16 @@ def test_the_global_model_is_that_of_fedavg(
             [],
             marks=pytest.mark.slow,
         ),
-        (["method=fedproto", "module.lam=0", "module.predict=head"], "", []),
-        (
+        pytest.param(["method=fedproto", "module.lam=0", "module.predict=head"], "", [], marks=EVERY),
+        pytest.param(
             ["method=fedrep", "callbacks.final=null", "method.head_epochs=2", "method.body_epochs=0", *TWO],
             "",
             [*PROBE, *TWO],
+            marks=EVERY,
         ),
-        (["method=fedftha", "method.tau_sync=0", "method.tau_head=2", *TWO], "", [*PROBE, *TWO]),
+        pytest.param(
+            ["method=fedftha", "method.tau_sync=0", "method.tau_head=2", *TWO], "", [*PROBE, *TWO], marks=EVERY
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )
@@ -167,7 +173,11 @@ def test_fedbabu_keeps_the_head_and_sends_the_body_alone(tiny_root: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "method", ["fedper", "fedft", "fedrep", "lg_fedavg", "mocha", "fedfomo", "fedproto", "virtual"]
+    "method",
+    [
+        every(name, fast=name in ("fedper", "fedfomo"))
+        for name in ("fedper", "fedft", "fedrep", "lg_fedavg", "mocha", "fedfomo", "fedproto", "virtual")
+    ],
 )
 def test_methods_without_a_global_head_report_none(
     method: str, tiny_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture

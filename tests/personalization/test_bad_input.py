@@ -12,6 +12,8 @@ import torch
 from omegaconf import OmegaConf
 
 from fl_lightning.fit.local import LocalTraining
+from fl_lightning.personalization import run
+from fl_lightning.run.overrides import composed
 from fl_lightning.run.training import run as train
 from tests.federations import config, tiny_model
 from tests.personalization.conftest import compose_personalization
@@ -70,6 +72,40 @@ def copy(trained: Path, tmp_path: Path) -> Path:
 def test_settings(overrides: list[str], sentence: str, personalized: Run) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
         personalized(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        *((f"+{node}.x=1", f"{node}.x is no key of the") for node in ("select", "newcomers", "evaluation", "curves")),
+        *((f"{node}=3", node) for node in ("select", "newcomers", "evaluation", "curves")),
+        *((f"{node}=null", f"{node}: field .* is not Optional") for node in ("select", "newcomers", "curves")),
+        ("~select.by", "select.by: .* does not support deletion"),
+        ("newcomers.examples=-1", "newcomers.examples: "),
+        ("newcomers.examples=[a]", r"newcomers.examples\[0\]: Value 'a'"),
+        ("newcomers.draws=[1]", "newcomers.draws: Value"),
+        ("evaluation.metric=[1]", "evaluation.metric: Cannot convert 'list' to string"),
+        ("evaluation.metrics=3", "evaluation.metrics must be a list of names"),
+        ("curves.every={a:1}", "curves.every: Value"),
+        ("flooding=3", "flooding: "),
+        ("flooding.from_epoch=-1", "personalization.local.flooding.from_epoch must be at least 0, got -1"),
+        ("+flooding.x=1", "flooding.x is no key of the"),
+        ("+personalization.ft.flooding={x:1}", "personalization.ft.flooding.x: .* takes no such argument"),
+        ("evaluation.metric=''", "evaluation.metric must be a name or null, got ''"),
+        ("trainer=3", "there is no trainer=3"),
+        ("personalization.ft.optimizer=3", "personalization.ft.optimizer must be a node with settings, got 3"),
+        ("personalization.ft.optimizer=null", "personalization.ft.optimizer must be a node with settings, got None"),
+        ("+personalization.ft.callbacks=null", "personalization.ft.callbacks must be a node with settings, got None"),
+        ("lp_epochs=-1", "lp_epochs must be a whole number of at least 0, got -1"),
+        ("lp_lr=nan", "lp_lr must be a finite number, got nan"),
+        ("ft_lr=-1", "ft_lr must be above 0 or null, got -1"),
+    ],
+)
+def test_settings_that_no_strategy_of_the_run_reads(words: str, sentence: str, trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"^{sentence}"):
+        run(
+            composed("personalize", [f"checkpoint={trained}", "trust=[tests]", "personalization=[ft]", words]), tmp_path
+        )
 
 
 def test_a_refused_run_leaves_no_run_behind(personalized: Run, tmp_path: Path) -> None:
@@ -159,7 +195,5 @@ def test_what_is_missing_or_damaged(copy: Path, tmp_path: Path, personalized: Ru
 
 
 def test_nothing_is_overwritten(trained: Path) -> None:
-    from fl_lightning.personalization import run
-
     with pytest.raises(ValueError, match="already holds a run"):
         run(compose_personalization(f"checkpoint={trained}", "personalization=[ft]"), trained)

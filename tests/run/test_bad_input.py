@@ -36,6 +36,24 @@ ROWS = [
     *((f"{key}=null", f"{key} must be given, got null") for key in ("module", "loop", "evaluation")),
     ("+task={a:1}", r"task must name a class by _target_, got the keys a"),
     (f"scheduler={COSINE}", r"scheduler\.optimizer must be given, or scheduler\._partial_=true"),
+    ("module=abc", r"module: expected a node with _target_, got 'abc'"),
+    ("~module._target_", r"module must name a class by _target_, got the keys label_smoothing"),
+    ("module._target_=null", r"module\._target_ must name a class or function, got null"),
+    ("+evaluation.metrics={auroc:1}", r"evaluation\.metrics\.auroc must be a node with _target_, null or auroc, got 1"),
+    ("+evaluation.metrics=3", r"evaluation\.metrics must be a list of names, or nodes by name, got 3"),
+    ("method=fedbabu callbacks.schedule.phases=[{train:-1}]", r"callbacks\.schedule\.phases\.train .*, got -1"),
+    ("method=fedbabu callbacks.schedule.phases=[{train:[1]}]", r"callbacks\.schedule\.phases\.train .*, got \[1\]"),
+    ("method=l2gd callbacks.averaging.lr=-1", r"callbacks\.averaging\.lr must be at least 0, got -1"),
+    ("method=flexp_sfl callbacks.server.clip=-1", r"callbacks\.server\.clip must be above 0 or null, got -1"),
+    ("method=flexp_sfl callbacks.server.policy=abc", r"callbacks\.server\.policy must be CutPolicy or null, got 'abc'"),
+    (
+        "method=flexp_sfl ~callbacks.server.policy._target_",
+        r"callbacks\.server\.policy must be CutPolicy or null, got \{",
+    ),
+    ("method=virtual callbacks.factors.damping=-1", r"callbacks\.factors\.damping must lie in \(0, 1\], got -1"),
+    ("method=pac_pfl evaluation.metrics=0", r"evaluation\.metrics must be a list of names, or nodes by name, got 0"),
+    ("evaluation.metric=''", r"evaluation\.metric must be a name or null, got ''"),
+    ("trainer._partial_=null", r"trainer\._partial_ must be true or false, got None"),
     ("model._target_=builtins.len", r"model\._target_ must take num_classes.*'builtins\.len'"),
     ("model._target_=os.getcwd", r"model\._target_ must take num_classes.*'os\.getcwd'"),
     ("model._target_=math.pi", r"model\._target_ must name a class or function.*'math\.pi'"),
@@ -60,6 +78,31 @@ def test_it_is_refused_before_any_training(words: str, sentence: str, tiny_root:
         assemble(plain(cfg), RunFolder(tmp_path / "run")).fit()
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("+method.x=1", r"method\.x is read by no other key; leave it out"),
+        ("+method={x:1}", r"method\.x is read by no other key; leave it out"),
+        ("method=fedrep +method.head_epoch=1", r"method\.head_epoch is .*; did you mean method\.head_epochs"),
+        ("method=fedavg +method.tau_sync=3", r"method\.tau_sync is read by no other key"),
+        ("~method", r"method\.name must be a name, got null; set method="),
+        ("+trainer.foo=1", r"trainer\.foo: lightning\.pytorch\.Trainer takes no such argument"),
+        ("+callbacks.x.y=1", r"callbacks\.x has no _target_"),
+        ("+paths.logs=1", r"paths\.logs is no key of the configuration; these are: log_dir"),
+    ],
+)
+def test_an_added_key_that_nothing_reads_is_refused(words: str, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"^{sentence}"):
+        assemble(plain(composed("train", [*words.split(" "), "logger=none"])), RunFolder(tmp_path))
+
+
+def test_an_added_key_may_be_read_by_others() -> None:
+    more = "+callbacks.x._target_=fl_lightning.callbacks.proximal_penalty.ProximalPenalty"
+    config = plain(composed("train", ["+method.rounds=3", "loop.rounds=${method.rounds}", more, "+callbacks.x.mu=1"]))
+    assert (config["loop"]["rounds"], config["callbacks"]["x"]["mu"]) == (3, 1)
+    plain(composed("train", ["method=fedft", "method.tau_sync=1"]))
 
 
 def test_callbacks_and_checkpoints_may_be_left_out(tiny_root: Path) -> None:

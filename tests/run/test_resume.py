@@ -359,7 +359,7 @@ def test_other_threads_are_said_to_change_last_bits(
     assert "last bits may differ" in caplog.text
 
 
-@pytest.mark.parametrize("logger", ["csv", "tensorboard"])
+@pytest.mark.parametrize("logger", [pytest.param("csv", marks=pytest.mark.every), "tensorboard"])
 def test_curves_of_a_resumed_run_are_whole_and_go_over_no_round_twice(
     logger: str, tiny_root: Path, tmp_path: Path
 ) -> None:
