@@ -11,7 +11,7 @@ import torch
 from typing_extensions import override
 
 from fl_lightning.callback import FederatedCallback, Server
-from fl_lightning.checks import ArgumentError, at_least, one_of
+from fl_lightning.checks import at_least, one_of
 from fl_lightning.client import ClientInfo, Scores, Split
 from fl_lightning.evaluation.predict import Metrics
 from fl_lightning.evaluation.summary import mean, summarize
@@ -73,7 +73,7 @@ class FederatedEvaluation(FederatedCallback):
         one_of("chooses", chooses, (None, *CHOOSING))
         self.every = every
         if metric == "":
-            raise ArgumentError("metric must be a name or null, got ''")
+            raise ValueError("evaluation.metric must be a name or null, got ''")
         self.metric = metric or ""
         self.mode = mode
         self.chooses = chooses
