@@ -139,7 +139,7 @@ def label_tensor(array: NDArray[Any], num_images: int, where: str, num_classes: 
         int64, (N,).
     """
     if not np.issubdtype(array.dtype, np.integer):
-        raise TypeError(f"{where} must be whole numbers, got {array.dtype}.")
+        raise TypeError(f"{where} must be whole numbers, got {array.dtype}; other targets go in with data=modules.")
     if array.shape != (num_images,):
         raise ValueError(f"{where} must hold one label per image, shape ({num_images},), got {array.shape}.")
     if num_images:

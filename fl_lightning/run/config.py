@@ -348,9 +348,8 @@ def expected(hint: Any) -> str:
     if hint in names:
         return names[hint]
     if origin is not None and args:
-        return (
-            f"{getattr(origin, '__name__', origin)} of {' and '.join(expected(arg) for arg in args if arg is not ...)}"
-        )
+        kind = "a list" if origin in (list, collections.abc.Sequence) else getattr(origin, "__name__", origin)
+        return f"{kind} of {' and '.join(expected(arg) for arg in args if arg is not ...)}"
     return getattr(hint, "__name__", str(hint))
 
 
