@@ -278,24 +278,24 @@ def _check_labels(labels: Tensor, num_classes: int, name: str) -> None:
 
 def _check_clients(clients: Sequence[ClientIndices]) -> None:
     if all(client.unseen for client in clients):
-        raise ValueError("At least one client must take part in training, got none that is not held out as unseen.")
+        raise ValueError("at least one client must take part in training, got none that is not held out as unseen")
     names = [client.name for client in clients]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"Clients must have different names, got '{twice}' more than once.")
+        raise ValueError(f"clients must have different names, got '{twice}' more than once")
     for client in clients:
         if len(client.train) < MIN_TRAIN:
             raise ValueError(
-                f"Client '{client.name}' has {len(client.train)} training image(s), at least {MIN_TRAIN} are needed; "
-                "give it more or leave it out."
+                f"client '{client.name}' must have at least {MIN_TRAIN} training examples, got {len(client.train)}; "
+                "give it more or leave it out"
             )
         if len(client.test) == 0:
-            raise ValueError(f"Client '{client.name}' has no test image, at least 1 is needed; it could not be scored.")
+            raise ValueError(f"client '{client.name}' must have a test example to be scored by, got none")
     trained = torch.cat([client.indices(split) for client in clients for split in ("train", "val")])
     leaked = torch.isin(torch.cat([client.test for client in clients]), trained)
     for client, part in zip(clients, leaked.split([len(client.test) for client in clients]), strict=True):
         if part.any():
             raise ValueError(
-                f"Client '{client.name}' is tested on {int(part.sum())} image(s) that a client trains on or chooses "
-                "by; no example may be in both."
+                f"client '{client.name}' is tested on {int(part.sum())} example(s) that a client trains on or chooses "
+                "by; no example may be in both"
             )

@@ -58,7 +58,7 @@ def read_image(path: Path | str, channels: int, image_size: int, fit: Fit = "cro
             deep = mode.startswith(("I", "F"))
             pixels = None if deep else np.array(_upright_and_opaque(file).convert("L" if channels == 1 else "RGB"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"The image file '{path}' does not exist.") from None
+        raise FileNotFoundError(f"there is no image file '{path}'") from None
     except _BROKEN as error:
         raise ValueError(f"'{path}' is truncated or not an image ({error}); replace or remove it") from error
     if pixels is None:
@@ -133,7 +133,7 @@ class ImageFiles:
         num_workers: int = 0,
     ) -> None:
         if len(paths) != len(labels):
-            raise ValueError(f"Expected one label per image file, got {len(paths)} files and {len(labels)} labels.")
+            raise ValueError(f"labels must be one per image file, got {len(paths)} files and {len(labels)} labels")
         one_of("channels", channels, (1, 3))
         at_least("resize", image_size, 1)
         one_of("fit", fit, ("crop", "squash"))
@@ -152,8 +152,8 @@ class ImageFiles:
             file = self.root / path
             if not file.is_file():
                 raise FileNotFoundError(
-                    f"The image file '{file}' does not exist, though the data set lists it; unpack the whole archive "
-                    f"into '{self.root}'."
+                    f"there is no image file '{file}', which the data set lists; unpack the whole archive into "
+                    f"'{self.root}'"
                 )
             line = f"{Path(path).as_posix()}\0{file.stat().st_size}\0{label}\n"
             try:

@@ -28,9 +28,7 @@ def mean_distance(first: Tensor, second: Tensor) -> float:
         At least 0; 0 if and only if the features are the same; NaN without examples.
     """
     if first.shape != second.shape:
-        raise ValueError(
-            f"Expected features of the same shape, but got {tuple(first.shape)} and {tuple(second.shape)}."
-        )
+        raise ValueError(f"features must have the same shape, got {tuple(first.shape)} and {tuple(second.shape)}")
     difference = (first - second.to(first.device)).flatten(1) if first.ndim > 1 else first[:, None] - second[:, None]
     return float(torch.linalg.vector_norm(difference, dim=1).mean())
 
@@ -48,5 +46,5 @@ def weight_norm(tensors: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]) ->
     pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
     squares = [tensor.detach().double().square().sum() for _, tensor in pairs if tensor.ndim >= 2]
     if not squares:
-        raise ValueError("Expected at least one weight matrix, but got none. Is this the head?")
+        raise ValueError("the state must hold at least one weight matrix, got none; it may be no head")
     return float(torch.stack(squares).sum().sqrt())

@@ -416,7 +416,7 @@ def draw_gains(
     """
     values = np.asarray(changes, dtype=np.float64)
     if values.shape != (len(clients),):
-        raise ValueError(f"Expected one change for each of {len(clients)} clients, but got shape {values.shape}.")
+        raise ValueError(f"changes must be one for each of {len(clients)} clients, got shape {values.shape}")
     ends = np.stack([values, values], axis=1) if intervals is None else np.asarray(intervals, dtype=np.float64)
     ends = np.where(np.isnan(ends), values[:, None], ends)
     order = [index for index in np.argsort(values, kind="stable") if not np.isnan(values[index])]
@@ -476,7 +476,7 @@ def _table(values: ArrayLike, rows: Sequence[str], columns: Sequence[str]) -> ND
     table = np.array(values, dtype=np.float64)
     if table.shape != (len(rows), len(columns)) or table.size == 0:
         raise ValueError(
-            f"Expected shape ({len(rows)}, {len(columns)}), not empty, as the names say, but got {table.shape}."
+            f"values must have the shape ({len(rows)}, {len(columns)}) of their names, not empty, got {table.shape}"
         )
     return table
 

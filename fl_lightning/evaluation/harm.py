@@ -25,7 +25,7 @@ def change(values: Sequence[float], baseline: Sequence[float]) -> NDArray[np.flo
     """What each client gains (positive) or loses (negative) against a baseline; NaN where either has no value."""
     first, second = np.asarray(values, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
     if first.shape != second.shape or first.ndim != 1:
-        raise ValueError(f"Expected the same clients in both, but got {first.size} and {second.size} values.")
+        raise ValueError(f"values and baseline must be of the same clients, got {first.size} and {second.size}")
     return first - second
 
 
@@ -40,7 +40,7 @@ def jain_fairness(values: Sequence[float]) -> float:
     """
     there = present(values)[0]
     if (there < 0).any():
-        raise ValueError(f"Expected values of at least 0, but got {there.min()}.")
+        raise ValueError(f"values must be at least 0, got {there.min()}")
     if not there.size:
         return math.nan
     squares = float((there**2).sum())
@@ -117,7 +117,7 @@ def compare(first: Sequence[float], second: Sequence[float]) -> PairedComparison
     # Rounded, so that 0.9 - 0.8 and 0.5 - 0.4 are equally large.
     changes = present(change(first, second))[0].round(12)
     if not changes.size:
-        raise ValueError("Expected at least one client with a value in both, but got none.")
+        raise ValueError("at least one client must have a value in both, got none")
     differing = changes[changes != 0]
     wins, losses = int((differing > 0).sum()), int((differing < 0).sum())
     statistic, p_value = 0.0, 1.0

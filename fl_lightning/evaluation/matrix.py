@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fl_lightning.checks import one_of
 from fl_lightning.evaluation.results import write_json
 from fl_lightning.evaluation.summary import mean, present, std, worst
 from fl_lightning.files import write_text
@@ -141,8 +142,8 @@ class AccuracyMatrix:
         names = list(self.names) or [str(index) for index in range(size)]
         if size == 0 or values.shape != (size, size) or len(names) != size:
             raise ValueError(
-                "Expected a square matrix with one test size and one name for each client, but got shape "
-                f"{values.shape}, {size} sizes and {len(names)} names."
+                "values must be square, with one test size and one name for each client, got shape "
+                f"{values.shape}, {size} sizes and {len(names)} names"
             )
         for name, value in (("values", values), ("num_test", [int(n) for n in self.num_test]), ("names", names)):
             object.__setattr__(self, name, value)
@@ -156,8 +157,7 @@ class AccuracyMatrix:
             name: The metric.
             weighted: Whether clients count their numbers of test examples, instead of each the same.
         """
-        if name not in METRICS:
-            raise ValueError(f"Expected one of the metrics {', '.join(METRICS)}, but got {name!r}.")
+        one_of("name", name, METRICS)
         sizes = np.asarray(self.num_test, dtype=np.float64)
         kept = sizes > 0
         if not kept.any():

@@ -80,7 +80,7 @@ def predict(forward: Forward, batches: Iterable[Batch]) -> Batch:
             outputs.append(_outputs(forward, x, device))
             targets.append(y.to(outputs[-1].device, non_blocking=True))
     if not outputs:
-        raise ValueError("Expected at least one batch to predict, but got none. Does this client have examples?")
+        raise ValueError("batches must hold at least one, got none; the client may have no examples")
     return torch.cat(outputs), torch.cat(targets)
 
 

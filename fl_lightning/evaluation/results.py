@@ -86,9 +86,7 @@ class MetricsTable:
         number = row.get(self.key)
         if number is None or (self.rows and number <= self.rows[-1][self.key]):
             last = self.rows[-1][self.key] if self.rows else None
-            raise ValueError(
-                f"Expected `{self.key}` to be larger than {last}, the last in '{self.path}', but got {number}."
-            )
+            raise ValueError(f"{self.key} must be above {last}, the last in {self.path}, got {number}")
         plain = {name: _plain_scalar(value, name) for name, value in row.items()}
         new = [name for name in plain if name not in self.columns]
         self.rows.append(plain)
@@ -119,8 +117,7 @@ class MetricsTable:
         columns = list(reader.fieldnames or [])
         if not columns or columns[0] != self.key:
             raise ValueError(
-                f"Expected '{self.path}' to begin with the column '{self.key}', but it begins with {text[:40]!r}. "
-                "Is it another file? Move it away."
+                f"{self.path} must begin with the column {self.key!r}, got {text[:40]!r}; move another file away"
             )
         self.columns = columns
         self.rows = [{name: _parsed(cell) for name, cell in row.items()} for row in reader]
@@ -142,7 +139,7 @@ def _parsed(cell: str) -> Any:
 def _plain_scalar(value: Any, name: str) -> Any:
     plain = value.item() if isinstance(value, (Tensor, np.generic, np.ndarray)) else value
     if plain is not None and not isinstance(plain, (int, float, str)):
-        raise TypeError(f"Expected column '{name}' to hold a number or text, but got {type(value).__name__}.")
+        raise TypeError(f"{name} must be a number or text, got {type(value).__name__}")
     return plain
 
 
@@ -158,10 +155,10 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise TypeError(f"Expected text as keys at '{where or '/'}', but got {key!r}.")
+                raise TypeError(f"keys at {where or '/'} must be text, got {key!r}")
         return {key: _plain(item, f"{where}/{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item, f"{where}/{index}") for index, item in enumerate(value)]
     if isinstance(value, Path):
         return str(value)
-    raise TypeError(f"Expected plain values at '{where or '/'}', but got {type(value).__name__}.")
+    raise TypeError(f"{where or '/'} must be a plain value, got {type(value).__name__}")

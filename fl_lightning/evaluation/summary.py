@@ -30,7 +30,7 @@ def mean(values: Values, weights: Values | None = None) -> float:
     shares = np.asarray(weights, dtype=np.float64)
     if shares.shape != array.shape or (shares < 0).any() or shares.sum() == 0:
         raise ValueError(
-            f"Expected {array.size} weights of at least 0, not all 0, but got {shares.size}: {shares.tolist()}."
+            f"weights must be {array.size} numbers of at least 0, not all 0, got {shares.size}: {shares.tolist()}"
         )
     return float((array * shares).sum() / shares.sum())
 
@@ -51,7 +51,7 @@ def worst(values: Values, higher_is_better: bool = True) -> float:
 def worst_k(values: Values, k: int, higher_is_better: bool = True) -> float:
     """Mean of the ``k`` clients that are served worst."""
     if not 1 <= k <= len(values):
-        raise ValueError(f"Expected `k` in 1 ... {len(values)} (the number of clients), but got {k}.")
+        raise ValueError(f"k must lie in [1, {len(values)}], the number of clients, got {k}")
     ordered = np.sort(np.asarray(values, dtype=np.float64))  # NaN sorts last
     if np.isnan(ordered[-1]):
         return float("nan")
@@ -91,10 +91,10 @@ def summarize(
         The six numbers; all NaN if no client has test examples.
     """
     if len(values) == 0:
-        raise ValueError("Expected the value of at least one client, but got none.")
+        raise ValueError("values must be of at least one client, got none")
     counts = [1.0] * len(values) if weights is None else [float(weight) for weight in weights]
     if len(counts) != len(values):
-        raise ValueError(f"Expected one weight for each of {len(values)} clients, but got {len(counts)}.")
+        raise ValueError(f"weights must be one for each of {len(values)} clients, got {len(counts)}")
     kept = [(float(value), count) for value, count in zip(values, counts, strict=True) if count != 0]
     if not kept:
         return dict.fromkeys(("mean", "weighted_mean", "std", "worst", "bottom_decile", "pooled"), float("nan"))

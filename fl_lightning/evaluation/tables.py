@@ -31,7 +31,7 @@ def mean_std(values: Sequence[float]) -> MeanStd:
     by n: :func:`fl_lightning.evaluation.summary.std`).
     """
     if len(values) == 0:
-        raise ValueError("Expected the value of at least one run, but got none.")
+        raise ValueError("values must be of at least one run, got none")
     array = np.asarray(values, dtype=np.float64)
     return MeanStd(float(array.mean()), float(array.std(ddof=1)) if array.size > 1 else math.nan)
 
@@ -185,7 +185,7 @@ def _cells(
 
 def _winner(rows: Sequence[Row], name: str, kind: str, digits: int) -> str | None:
     if kind not in ("max", "min"):
-        raise ValueError(f"Expected the best of column '{name}' to be 'max' or 'min', but got {kind!r}.")
+        raise ValueError(f"best.{name} must be max or min, got {kind!r}")
     numbers = [number for number in (_number(row.get(name)) for row in rows) if number is not None]
     if not numbers:
         return None

@@ -33,7 +33,7 @@ def export_state_dict(state: dict[str, Tensor], head_path: str) -> dict[str, Ten
         else:
             plain = name
         if plain in exported:
-            raise ValueError(f"Two tensors would be exported as {plain!r}; `head_path` {head_path!r} is taken.")
+            raise ValueError(f"head_path must be free, got {head_path!r}: two tensors would be exported as {plain!r}")
         exported[plain] = tensor
     return exported
 
@@ -48,8 +48,8 @@ def import_state_dict(state: dict[str, Tensor], head_path: str) -> dict[str, Ten
     prefix = f"{head_path}."
     if not any(name.startswith(prefix) for name in state):
         raise ValueError(
-            f"Expected tensors under the head's path {head_path!r}, but found none among {len(state)} names; "
-            "is this the state dict of the same architecture?"
+            f"the state must hold tensors under the head's path {head_path!r}, got none among {len(state)} names; "
+            "take one of the same architecture"
         )
     return {_own_name(name, head_path): tensor for name, tensor in state.items()}
 

@@ -187,8 +187,7 @@ def split_classifier(model: nn.Module, name: str) -> Model:
             f"{len(classifier)} classifiers" if isinstance(classifier, tuple | list) else f"{type(classifier).__name__}"
         )
         raise ValueError(
-            f"Expected {name!r} to have one linear layer or 1x1 convolution as its classifier, but timm's "
-            f"get_classifier() gives {found}; choose a model with one head."
+            f"the classifier of {name!r} must be one linear layer or 1x1 convolution, got {found}; choose another model"
         )
     head_path = next(path for path, module in model.named_modules() if module is classifier)
     parent, _, attribute = head_path.rpartition(".")

@@ -115,11 +115,11 @@ def test_moving_moves_all_clients_at_once() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sizes": ((0, 4),)}, "Client 'c0' has 0 training image.*at least 2"),
-        ({"sizes": ((8, 4), (1, 4))}, "Client 'c1' has 1 training image.*at least 2"),
-        ({"sizes": ((8, 0),)}, "Client 'c0' has no test image"),
+        ({"sizes": ((0, 4),)}, "client 'c0' must have at least 2 training examples, got 0"),
+        ({"sizes": ((8, 4), (1, 4))}, "client 'c1' must have at least 2 training examples, got 1"),
+        ({"sizes": ((8, 0),)}, "client 'c0' must have a test example"),
         ({"names": ("x", "x")}, "different names, got 'x' more than once"),
-        ({"num_unseen": 2}, "At least one client must take part"),
+        ({"num_unseen": 2}, "at least one client must take part"),
         ({"labels": torch.full((24,), 3)}, "'made' has the label 3, outside its 3 classes 0 to 2"),
         ({"labels": torch.full((24,), -1)}, "'made' has the label -1, outside"),
         ({"val_fraction": 1.0}, r"val_fraction must lie in \[0, 1\), got 1.0"),
@@ -149,5 +149,5 @@ def test_no_client_is_tested_on_what_any_client_learns_from(split: str) -> None:
             own = {"train": torch.cat([second.train, taken])} if split == "train" else {"val": taken}
             return replace(examples, clients=[first, replace(second, **own)])
 
-    with pytest.raises(ValueError, match="Client 'c0' is tested on 2 image.s. that a client trains on or chooses by"):
+    with pytest.raises(ValueError, match="client 'c0' is tested on 2 example.s. that a client trains on or chooses by"):
         Leaking()

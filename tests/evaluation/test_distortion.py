@@ -15,7 +15,7 @@ def test_mean_distance_equals_scipy() -> None:
     assert mean_distance(first, second) == pytest.approx(cdist(first, second).diagonal().mean(), rel=1e-6)
     assert mean_distance(first, first) == 0
     assert math.isnan(mean_distance(torch.empty(0), torch.empty(0)))
-    with pytest.raises(ValueError, match=r"same shape, but got \(6, 3\) and \(5, 3\)"):
+    with pytest.raises(ValueError, match=r"same shape, got \(6, 3\) and \(5, 3\)"):
         mean_distance(first, second[:5])
 
 

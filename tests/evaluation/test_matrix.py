@@ -133,7 +133,7 @@ def test_saved_to_the_bit(tmp_path: Path) -> None:
 def test_bad_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match=r"got shape \(3, 3\), 2 sizes and 2 names"):
         AccuracyMatrix(VALUES, [1, 2])
-    with pytest.raises(ValueError, match="worst_local, .* but got 'global'"):
+    with pytest.raises(ValueError, match="name must be one of .*worst_local, .* got 'global'"):
         AccuracyMatrix(VALUES, SIZES).metric("global")
 
 

@@ -113,7 +113,7 @@ def test_predict_leaves_batches_usable_for_training() -> None:
 
 
 def test_predict_without_batches_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one batch"):
+    with pytest.raises(ValueError, match="at least one, got none"):
         predict(CountedForwards(), [])
 
 

@@ -53,9 +53,9 @@ def test_pooled_is_taken_as_given() -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="at least one client"):
         summarize([])
-    with pytest.raises(ValueError, match="one weight for each of 2 clients, but got 1"):
+    with pytest.raises(ValueError, match="one for each of 2 clients, got 1"):
         summarize([1.0, 2.0], [1])
-    with pytest.raises(ValueError, match="weights of at least 0"):
+    with pytest.raises(ValueError, match="numbers of at least 0"):
         mean([1.0, 2.0], [1, -1])
-    with pytest.raises(ValueError, match=r"`k` in 1 ... 2 \(the number of clients\), but got 3"):
+    with pytest.raises(ValueError, match=r"k must lie in \[1, 2\], the number of clients, got 3"):
         worst_k([1.0, 2.0], 3)

@@ -92,7 +92,7 @@ def test_a_table_without_rows_is_its_head() -> None:
 
 
 def test_unknown_direction_is_refused() -> None:
-    with pytest.raises(ValueError, match="'drop' to be 'max' or 'min', but got 'low'"):
+    with pytest.raises(ValueError, match="best.drop must be max or min, got 'low'"):
         markdown_table(ROWS, best={"drop": "low"})  # type: ignore[dict-item]
 
 

@@ -141,7 +141,7 @@ def test_import_undoes_export() -> None:
 def test_export_keeps_foreign_names_and_refuses_colliding_ones() -> None:
     tensor = torch.zeros(1)
     assert export_state_dict({"prompt": tensor, "head.weight": tensor}, "fc").keys() == {"prompt", "fc.weight"}
-    with pytest.raises(ValueError, match="Two tensors would be exported as 'fc.weight'"):
+    with pytest.raises(ValueError, match="two tensors would be exported as 'fc.weight'"):
         export_state_dict({"backbone.fc.weight": tensor, "head.weight": tensor}, "fc")
     with pytest.raises(ValueError, match="under the head's path 'head'"):
         import_state_dict({"fc.weight": tensor}, "head")
@@ -178,7 +178,7 @@ def test_unknown_timm_name_gives_close_names() -> None:
 )
 def test_model_without_one_classifier_is_refused(name: str, found: str) -> None:
     classes = 0 if found == "Identity" else 3
-    with pytest.raises(ValueError, match=rf"Expected '{name}' to have one linear layer .* gives {found}"):
+    with pytest.raises(ValueError, match=rf"classifier of '{name}' must be one linear layer .* got {found}"):
         timm_model(name, num_classes=classes)
 
 

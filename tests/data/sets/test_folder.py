@@ -147,17 +147,17 @@ def test_a_moved_source_is_the_same(tmp_path: Path) -> None:
         (
             {"x_train": np.zeros((0, 8, 8, 3), np.uint8), "y_train": np.zeros(0, int)},
             ValueError,
-            "'ann' has 0 training",
+            "'ann' must have at least 2 training examples, got 0",
         ),
         (
             {"x_train": np.zeros((1, 8, 8, 3), np.uint8), "y_train": np.zeros(1, int)},
             ValueError,
-            "'ann' has 1 training",
+            "'ann' must have at least 2 training examples, got 1",
         ),
         (
             {"x_test": np.zeros((0, 8, 8, 3), np.uint8), "y_test": np.zeros(0, int)},
             ValueError,
-            "'ann' has no test image",
+            "'ann' must have a test example",
         ),
     ],
 )
