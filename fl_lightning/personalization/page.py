@@ -178,9 +178,10 @@ def _clients(facts: Facts, decisions: Sequence[Decision]) -> str:
     left_out = len(decisions) - len(order)
     note = f"{left_out} clients between the two ends are left out; see results.json." if left_out else ""
     return (
-        "<h2>Each client</h2><p>The candidate is the personal model with the best validation score; it is then held "
-        "against the global model on test data, once. What it changes elsewhere is its score on the other clients' "
-        "test data, against the global model's. In brackets: 95% intervals.</p>"
+        "<h2>Each client</h2><p>The candidate is the personal model that is best by "
+        f"{escape(WHO[facts.selection.by])}. It is then held against the global model on test data, once. What it "
+        "changes elsewhere is its score on the other clients' test data, against the global model's. In brackets: 95% "
+        "intervals.</p>"
         "<div class=scroll><table class=who><thead><tr><th>client<th>advice"
         "<th class=n>at home:<br>global,<br>candidate"
         f"<th>change at home{svg.forest_axis(home_scale)}<th class=n>p (Holm)"
