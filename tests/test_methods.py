@@ -56,9 +56,10 @@ SPLIT = ("flexp_sfl", "pfsl", "phsfl", "sl", "splitfed")
 
 #: One of each kind of client half: plain, memory, two models, phases, gradients of gradients, the server's body, draws.
 KINDS = ("fedavg", "scaffold", "ditto", "fedftha", "per_fedavg", "flexp_sfl", "virtual")
+FAST = ("fedavg", "scaffold", "fedftha", "flexp_sfl")
 
 
-@pytest.fixture(scope="module", params=[every(one, one in KINDS) for one in METHODS])
+@pytest.fixture(scope="module", params=[every(one, one in FAST) for one in METHODS])
 def method(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -154,7 +155,7 @@ def with_two_workers(tiny_root: Path, folder: Path, method: str) -> Federation:
     return run
 
 
-@pytest.mark.parametrize("kind", [one for one in KINDS if one not in SPLIT])
+@pytest.mark.parametrize("kind", [every(one, one in FAST) for one in KINDS if one not in SPLIT])
 def test_two_workers_equal_one_of_each_kind(kind: str, tiny_root: Path, tmp_path: Path) -> None:
     run = federation(tiny_root, tmp_path / "serial", *by_name(kind), "seed=3")
     run.fit()

@@ -33,7 +33,7 @@ from tests.federations import Federation, add_recorder, assert_same, by_name, ev
 from tests.own import Anneals
 
 #: One of each kind of client half.
-KINDS = ("fedavg", "scaffold", "ditto", "fedftha", "per_fedavg", "virtual", "flora")
+KINDS = ("fedavg", "ditto", "fedftha", "flora")
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 
 
@@ -278,7 +278,9 @@ class LogsToo(FederatedCallback):
             pl_module.log("callback", float(trainer.global_step))
 
 
-@pytest.mark.parametrize("overrides", [[], ["trainer.accumulate_grad_batches=2"]])
+@pytest.mark.parametrize(
+    "overrides", [[], pytest.param(["trainer.accumulate_grad_batches=2"], marks=pytest.mark.every)]
+)
 def test_what_is_logged_is_reduced_as_lightning_does(overrides: list[str], tiny_root: Path, tmp_path: Path) -> None:
     settings = ["module._target_=tests.fit.test_lean.Logs", "trainer.max_epochs=2", *overrides]
     lean = both(tiny_root, tmp_path, *settings, plant=lambda run: _add(run, LogsToo()))[1]

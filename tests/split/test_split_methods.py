@@ -172,7 +172,7 @@ def test_pfsl_keeps_the_front_and_personalises_only_heads(tiny_root: Path, tmp_p
         assert same == (name not in held.head), name
 
 
-@pytest.mark.parametrize("method", ["pfsl", "phsfl"])
+@pytest.mark.parametrize("method", ["pfsl", pytest.param("phsfl", marks=pytest.mark.every)])
 def test_last_personal_stage_is_in_the_account(method: str, tiny_root: Path, tmp_path: Path) -> None:
     """It sends activations up and down for every batch of every epoch, no gradient, and is counted once."""
     run = train(tiny_root, tmp_path / "run", method, "callbacks.final.epochs=3")
