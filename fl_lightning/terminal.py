@@ -13,6 +13,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
@@ -98,6 +99,11 @@ def prose(text: str) -> str:
         else textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False) + "\n"
         for line in joined.splitlines(keepends=True)
     )
+
+
+def command(script: str) -> str:
+    """Return how ``train`` or ``personalize`` is called where this process was: from a checkout, or as installed."""
+    return f"fl-{script}" if Path(sys.argv[0]).stem in ("fl-train", "fl-personalize") else f"python {script}.py"
 
 
 def closing(lines: Mapping[str, str]) -> str:

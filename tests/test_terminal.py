@@ -16,7 +16,7 @@ import pytest
 
 from fl_lightning.evaluation.tables import plain_table
 from fl_lightning.evaluation.uncertainty import Interval
-from fl_lightning.terminal import Bar, TimeLeft, closing, duration, of_change, prose, table
+from fl_lightning.terminal import Bar, TimeLeft, closing, command, duration, of_change, prose, table
 
 ROWS = [
     {"strategy": "none", "local": 0.8, "change": None, "said of it": "as it is"},
@@ -119,6 +119,13 @@ def test_closing_lines_are_never_broken() -> None:
     lines = {"run folder": "/a folder", "next": command}
     assert closing(lines) == f"run folder: /a folder\nnext:       {command}"
     assert without_codes(in_terminal(60, lambda: print(closing(lines)))).strip() == closing(lines)
+
+
+def test_the_next_command_is_called_as_this_one_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "seed=1"])
+    assert command("personalize") == "python personalize.py"
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/fl-train"])
+    assert (command("personalize"), command("train")) == ("fl-personalize", "fl-train")
 
 
 def test_time_left() -> None:

@@ -231,7 +231,7 @@ def report(
     last = {"run folder": str(place), "curves": f"tensorboard --logdir {quote(str(place))}"}
     if config["figures"]:
         last["pictures"] = str(run_folder.figures)
-    last["next"] = f"open {place / 'report.html'} in a browser: what each client is advised, and why"
+    last["next"] = f"what each client is advised, and why: open {place / 'report.html'} in a browser"
     print(closing(last))
     return results
 

@@ -40,7 +40,7 @@ from fl_lightning.run.training import build_module, check_accelerator
 from fl_lightning.seeding import derive_seed
 from fl_lightning.sharing import Sharing
 from fl_lightning.state import State, load, match, same, snapshot
-from fl_lightning.terminal import Bar
+from fl_lightning.terminal import Bar, command
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,8 @@ def _run(
             run_folder.give_up()
         raise
     except KeyboardInterrupt:
-        print(f"\nstopped; what has ended is kept; continue: python personalize.py resume={folder}", file=sys.stderr)
+        again = f"{command('personalize')} resume={folder}"
+        print(f"\nstopped; what has ended is kept; continue: {again}", file=sys.stderr)
         raise
     return report(outcomes, source, infos, scoring, measurement, config, run_folder, logger, selection, arrived)
 
@@ -282,7 +283,7 @@ def personalize(
 
 def work_of(strategy: Strategy) -> float:
     """Return how long one client takes, in epochs; measuring what comes out counts as one."""
-    return 1 + (strategy.settings.get("epochs") or 1 if strategy.train else 0)
+    return 1.0 + float(strategy.settings.get("epochs") or 1) if strategy.train else 1.0
 
 
 def bar_of(words: str, strategies: Sequence[Strategy], each: int) -> Bar:

@@ -48,7 +48,7 @@ from fl_lightning.run.own_module import adapted, arguments_of, check_adapted, ta
 from fl_lightning.run.results import finish, result_table
 from fl_lightning.seeding import derive_seed
 from fl_lightning.task import Classification, Task, described, guess
-from fl_lightning.terminal import closing, duration
+from fl_lightning.terminal import closing, command, duration
 
 if TYPE_CHECKING:
     from fl_lightning.models.prompts import Prompt
@@ -96,7 +96,9 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             with stop_after_round(loop, run_folder):
                 loop.run_rounds()
             if loop.interrupted:
-                print(f"stopped after round {loop.round} of {loop.rounds}; continue: python train.py resume={folder}")
+                print(
+                    f"stopped after round {loop.round} of {loop.rounds}; continue: {command('train')} resume={folder}"
+                )
                 return {}
             results = finish(loop, run_folder, config, federation.partition_hash)
     except Exception:
@@ -111,7 +113,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     if isinstance(loop.logger, TensorBoardLogger):
         last["curves"] = f"tensorboard --logdir {quote(str(comparable(folder, Path(config['paths']['log_dir']))))}"
     if run_folder.global_model.exists() and isinstance(loop.executor, Simulation):
-        last["next"] = f"python personalize.py checkpoint={here} shows who gains from a model of its own, who is harmed"
+        last["next"] = f"who gains from a model of its own, who is harmed: {command('personalize')} checkpoint={here}"
     print(closing(last))
     return results
 
@@ -430,7 +432,7 @@ def stop_after_round(loop: FederatedLoop, run_folder: RunFolder) -> Iterator[Non
         loop.should_stop = loop.interrupted = True
         print(
             f"\nfinishing round {loop.round}, then saving; press Ctrl-C again to stop at once and lose only this round"
-            f"\ncontinue with: python train.py resume={run_folder.path}",
+            f"\ncontinue with: {command('train')} resume={run_folder.path}",
             file=sys.stderr,
         )
 
