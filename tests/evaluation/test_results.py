@@ -13,6 +13,11 @@ from fl_lightning.evaluation.results import (
     read_json,
     to_json,
 )
+from fl_lightning.models.model import Model
+from fl_lightning.run.overrides import composed
+from fl_lightning.run.results import result_table
+from fl_lightning.run.training import run
+from tests.federations import tiny, tiny_model
 
 
 def refuse_constant(name: str) -> None:
@@ -117,3 +122,22 @@ def test_an_unknown_column_is_refused_with_the_known_ones(tmp_path: Path) -> Non
         table.column("los")
     with pytest.raises(TypeError, match="loss must be a number or text, got list"):
         table.append({"round": 2, "loss": [1]})
+
+
+def lopsided(num_classes: int, in_channels: int = 3, image_size: int = 8) -> Model:
+    """Always answers with the second class."""
+    model = tiny_model(num_classes, in_channels, image_size)
+    with torch.no_grad():
+        model.head.get_parameter("bias")[1] = 100.0
+    return model
+
+
+@pytest.mark.every
+def test_a_model_that_predicts_one_class_is_said_to(tiny_root: Path, tmp_path: Path) -> None:
+    words = [*tiny(tiny_root), "logger=none", "dashboard=null", "loop.rounds=1"]
+    words += ["model._target_=tests.evaluation.test_results.lopsided"]
+    results = run(composed("train", words), tmp_path)
+    assert results["one_class"] == ["ann", "bob", "cid"]
+    assert "The global model predicts one class for all test data of ann, bob, cid." in " ".join(
+        result_table(results).split()
+    )
