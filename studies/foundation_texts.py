@@ -1,8 +1,8 @@
 """Texts of four kinds that every Python installation holds, as a federation for ``data=texts``.
 
-``python -m studies.foundation_texts DIR`` writes ``DIR/<kind>.txt``: documentation strings and source code of the
-standard library, licences and descriptions of installed packages; and ``DIR/base/base.txt``, what a model may have read
-before: modules within the standard library's packages, of which no client has any.
+``python -m studies.foundation_texts DIR [CHARACTERS]`` writes ``DIR/<kind>.txt``: documentation strings and source code
+of the standard library, licences and descriptions of installed packages; and ``DIR/base/base.txt``, what a model may
+have read before: modules within the standard library's packages, of which no client has any.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 CHARACTERS = 120_000
-"""Of each kind, at most."""
+"""Of each kind, at most, where no other number is given."""
 
 
 def library() -> Iterator[Path]:
@@ -80,18 +80,19 @@ def write(path: Path, texts: Iterator[str], characters: int) -> None:
         whole += text.strip() + "\n\n"
         if len(whole) >= characters:
             break
-    path.write_text(whole[:characters].encode("ascii", "ignore").decode(), encoding="utf-8")
-    print(f"{path.stem}: {len(whole[:characters])} characters")
+    kept = whole.encode("ascii", "ignore").decode()[:characters]
+    path.write_text(kept, encoding="utf-8")
+    print(f"{path.stem}: {len(kept)} characters")
 
 
-def main(folder: Path) -> None:
-    """Write a file for each kind, and one for all."""
+def main(folder: Path, characters: int = CHARACTERS) -> None:
+    """Write a file for each kind, of some characters at most, and one that is none of them."""
     for name, texts in KINDS.items():
-        write(folder / f"{name}.txt", texts(), CHARACTERS)
+        write(folder / f"{name}.txt", texts(), characters)
     write(folder / "base" / "base.txt", packages(), 4 * CHARACTERS)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m studies.foundation_texts DIR")
-    main(Path(sys.argv[1]))
+    if len(sys.argv) not in (2, 3):
+        sys.exit("usage: python -m studies.foundation_texts DIR [CHARACTERS]")
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

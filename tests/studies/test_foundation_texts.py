@@ -10,7 +10,7 @@ from studies import foundation_texts
 
 def test_four_kinds_of_text(tmp_path: Path) -> None:
     with mock.patch.object(foundation_texts, "CHARACTERS", 3000):
-        foundation_texts.main(tmp_path)
+        foundation_texts.main(tmp_path, 3000)
     written = {path.stem: path.read_text() for path in tmp_path.glob("*.txt")}
     assert written.keys() == {"docstrings", "source", "licences", "descriptions"}
     assert all(1000 < len(text) <= 3000 for text in written.values())
