@@ -8,7 +8,7 @@ import logging
 import math
 import secrets
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, replace
 from functools import partial
 from itertools import chain
@@ -59,6 +59,8 @@ class SitesExecutor(Executor):
     """
 
     relays = True
+    serves = False
+    """Whether models are used, and not trained."""
 
     def __init__(
         self,
@@ -118,17 +120,12 @@ class SitesExecutor(Executor):
         """
         if self.on_missing == "skip" and (config.get("loop") or {}).get("on_client_error", "skip") != "skip":
             raise ValueError("executor.on_missing=skip must come with loop.on_client_error=skip")
-        if self.host is None:
-            credentials = wire.server_credentials(*wire.read_pems(*self.pems))
-            authority = self.pems[0] is not None
-            self.host = SiteService(self.listen, self.sites, credentials, authority, self.max_bytes, self.patience)
-            log.info("sites may call at %s:%d", self.listen.rpartition(":")[0], self.host.port)
-        request = encode_states({"kind": "describe", "data": common(config)}, {})
-        jobs = Jobs(self.host, request, self.on_missing, self.patience, self.give_up_after, self.max_bytes)
+        jobs = self.listen_for(config)
+        assert self.host is not None
         found: dict[str, Seat] = {}
         number = self.sites if isinstance(self.sites, int) else len(self.sites)
         while len(found) < number:
-            for job in jobs.serve([jobs.job(name, request) for name in self.host.gather() if name not in found]):
+            for job in jobs.serve([jobs.job(name, jobs.describe) for name in self.host.gather() if name not in found]):
                 if job.error is not None:
                     log.error("site %s is refused: %s", job.site, job.error)
                     self.host.release(job.site)
@@ -142,7 +139,7 @@ class SitesExecutor(Executor):
         if strangers := unseen - found.keys():
             raise ValueError(f"data.unseen_clients must name sites, got {', '.join(sorted(strangers))}")
         ordered = sorted(found, key=lambda name: (name in unseen, name))
-        self._jobs, jobs.seats = jobs, {name: found[name] for name in ordered}
+        jobs.seats = {name: found[name] for name in ordered}
         for index, (name, seat) in enumerate(self._sites.items()):
             stays = seat.description.get("stays") is True
             seat.info = replace(seat.info, id=index, unseen=name in unseen, stays=stays)
@@ -151,6 +148,17 @@ class SitesExecutor(Executor):
         self.begin()
         self.recipe = recipe(config) if "loop" in config else {}
         return SiteData(list(self._sites.values()))
+
+    def listen_for(self, config: Mapping[str, Any]) -> Jobs:
+        """Listen for sites, unless somebody else brings requests to them."""
+        if self.host is None:
+            credentials = wire.server_credentials(*wire.read_pems(*self.pems))
+            authority = self.pems[0] is not None
+            self.host = SiteService(self.listen, self.sites, credentials, authority, self.max_bytes, self.patience)
+            log.info("sites may call at %s:%d", self.listen.rpartition(":")[0], self.host.port)
+        request = encode_states({"kind": "describe", "data": common(config)}, {})
+        self._jobs = Jobs(self.host, request, self.on_missing, self.patience, self.give_up_after, self.max_bytes)
+        return self._jobs
 
     @override
     def begin(self) -> None:
@@ -166,6 +174,18 @@ class SitesExecutor(Executor):
         Raises:
             ValueError: If one cannot.
         """
+        setups = self.prepare(local)
+        if self._middle is not None:
+            return  # sites ask for their parts when the cuts are chosen
+        assert self._jobs is not None
+        for job in self._jobs.serve([Job(name, make) for name, make in setups.items()]):
+            if isinstance(job.error, MissingError):
+                continue  # it asks for this when it comes
+            if job.error is not None:
+                raise ValueError(f"site {job.site}: {job.error}") from job.error
+
+    def prepare(self, local: LocalTraining) -> dict[str, Callable[[bool], bytes]]:
+        """Return by site what makes the request that gets it ready to fit and score as ``local`` does."""
         assert self._jobs is not None
         self.local = local
         config = {**self.recipe, "seed": local.seed}
@@ -173,7 +193,7 @@ class SitesExecutor(Executor):
         self._fingerprint = hashlib.sha256(words.encode()).hexdigest()[:16]
         first = next(iter(self._sites.values())).description
         size = {key: first[key] for key in ("num_classes", "in_channels", "image_size")}
-        header = {"kind": "setup", "config": config, "data": size}
+        header = {"kind": "setup", "config": config, "data": size, "serves": self.serves}
         split = next((one for one in local.federated_callbacks if isinstance(one, SplitServer)), None)
         self._middle = None if split is None else Middle(split, local, self.threads)
 
@@ -185,13 +205,7 @@ class SitesExecutor(Executor):
             return encode_states({**header, **given}, {"initial": initial})
 
         setups = self._jobs.setups = {name: partial(encode, seat) for name, seat in self._sites.items()}
-        if self._middle is not None:
-            return  # sites ask for their parts when the cuts are chosen
-        for job in self._jobs.serve([Job(name, make) for name, make in setups.items()]):
-            if isinstance(job.error, MissingError):
-                continue  # it asks for this when it comes
-            if job.error is not None:
-                raise ValueError(f"site {job.site}: {job.error}") from job.error
+        return setups
 
     def _setup_of(self, info: ClientInfo) -> str:
         """Return what names the setup of a site: the configuration, and of a split model the run and the cut."""
@@ -322,15 +336,19 @@ class SitesExecutor(Executor):
         self.run_id, self.mark = state_dict["run"], state_dict["mark"]
         self.life = secrets.token_hex(8)
         for name, seat in self._sites.items():
-            held = state_dict["sites"][name]
-            seat.orders, seat.number, seat.marked = [], 0, held["mark"]
-            seat.order("load", held["mark"])
-            for word, what in held["orders"]:
-                if word != "load":
-                    seat.order(word, what)
+            self.stand(seat, state_dict["sites"][name])
         for job in self._jobs.serve([self._sync(name) for name in self._sites]):
             if job.error is not None and not isinstance(job.error, MissingError):
                 raise ValueError(f"site {job.site} cannot go on: {job.error}") from job.error
+
+    @staticmethod
+    def stand(seat: Seat, held: Mapping[str, Any]) -> None:
+        """Order a site to be where it was at a checkpoint."""
+        seat.orders, seat.number, seat.marked = [], 0, held["mark"]
+        seat.order("load", held["mark"])
+        for word, what in held["orders"]:
+            if word != "load":
+                seat.order(word, what)
 
     @override
     def disconnect(self) -> None:

@@ -20,6 +20,7 @@ from fl_lightning.checks import above
 from fl_lightning.run.folder import RunFolder
 from fl_lightning.sites.dry_run import print_what_leaves
 from fl_lightning.sites.frame import MAX_BYTES, decode, encode
+from fl_lightning.sites.predictions import Predictions
 from fl_lightning.sites.relay import Door
 from fl_lightning.sites.service import SERVICE, token_digest
 from fl_lightning.sites.site import Site
@@ -75,9 +76,11 @@ def serve(site: Site, line: Line, token: str, once: bool = False) -> None:
                 notes, answer = {"session": session, "ticket": found["ticket"]}, b""
                 if request:
                     answer = site.answer(request, max_bytes)
-                if site.ended:
+                if site.ended or site.finished:
                     line.call("Next", answer, {**notes, "last": "yes"})
-                    raise ValueError(site.ended)
+                    if site.ended:
+                        raise ValueError(site.ended)
+                    return
 
 
 def serve_hosted(site: Site, door: Door, max_bytes: int = MAX_BYTES) -> NoReturn:
@@ -138,6 +141,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--trust", action="append", default=[], help="a package of your own that the server may name")
     options.add_argument("--memory", type=float, help="bytes that a fit may take here, by which a split model is cut")
     options.add_argument("--speed", type=float, help="floating-point operations a second of a fit here, likewise")
+    options.add_argument("--infer", type=Path, help="a .csv or .npz to write predictions to; needs fl_lightning.serve")
+    options.add_argument("--split", default="test", help="of which examples: test, val, train or all")
     options.add_argument("--once", action="store_true", help="end with the first run")
     options.add_argument("--patience", type=float, default=86400.0, help="seconds for which a server is called again")
     options.add_argument("--max-bytes", type=int, default=MAX_BYTES, help="longest message")
@@ -188,8 +193,10 @@ def work(chosen: argparse.Namespace, folder: Path) -> None:
     Raises:
         ValueError: If the options do not go together, or server and site do not.
     """
+    if chosen.infer is None and chosen.split != "test":
+        raise ValueError("--split must come with --infer")
     if chosen.hosted:
-        for name in ("server", "once", "insecure", "tls_cert", "tls_key", "tls_ca"):
+        for name in ("infer", "server", "once", "insecure", "tls_cert", "tls_key", "tls_ca"):
             if getattr(chosen, name):
                 option = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{option} must be left out with --hosted, whose host connects the site; leave it out")
@@ -208,6 +215,7 @@ def work(chosen: argparse.Namespace, folder: Path) -> None:
         agreed=chosen.fingerprint,
         stays=chosen.keep_model,
         device=device_of(chosen),
+        predictions=None if chosen.infer is None else Predictions(chosen.infer, chosen.split),
     )
     held = RunFolder(folder)  # its lock goes with it
     try:

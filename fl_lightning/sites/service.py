@@ -131,7 +131,7 @@ class SiteService:
         """Give the place of a site, which has ended, to another."""
         with self._change:
             self._there.remove(site)
-            self._gathered = len(self._there)
+            self._gathered -= 1  # who came meanwhile is still to be gathered
 
     def ask(self, site: str, request: bytes) -> Future[bytes]:
         """Send a request to a site, which answers one at a time."""

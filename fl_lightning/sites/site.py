@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fl_lightning.client import Broadcast, Client, Fit
+from fl_lightning.client import Broadcast, Client, Exam, Fit, Scores
 from fl_lightning.data.federated_data import FederatedData
 from fl_lightning.evaluation.predict import Metrics
 from fl_lightning.executors.executor import Message
@@ -29,6 +29,7 @@ from fl_lightning.sharing import Sharing
 from fl_lightning.sites import messages
 from fl_lightning.sites.frame import MAX_BYTES, MessageError, decode_states, encode_states, integer
 from fl_lightning.sites.held import LostError, Store
+from fl_lightning.sites.predictions import Predictions
 from fl_lightning.sites.settings import COMMON
 from fl_lightning.sites.turn import Dialog, EndedError, RemoteBody
 from fl_lightning.split.cost import ClientProfile
@@ -60,6 +61,7 @@ class Site:
         trust: Packages beside the known ones whose classes the server may name.
         agreed: Begin of the fingerprint of the configuration that this site agrees to; empty: any.
         stays: Whether the model of a client never leaves in whole, to be scored elsewhere.
+        predictions: The file that this site wants to have predicted; it then takes no part in training.
         device: What this machine can do: ``memory`` in bytes, ``flops_per_second``, above 0; either may be missing.
 
     Raises:
@@ -76,6 +78,7 @@ class Site:
         agreed: str = "",
         stays: bool = False,
         device: Mapping[str, float] | None = None,
+        predictions: Predictions | None = None,
     ) -> None:
         self.name, self.folder, self.threads = name, folder, threads
         self.trust, self.agreed, self.stays = list(trust), agreed, stays
@@ -94,6 +97,7 @@ class Site:
         self._batch_size = 0
         self._setup = ""
         self.ended = ""
+        self.predictions, self.finished = predictions, False
         self._dialog: Dialog | None = None
         self._state: tuple[Any, State] = (None, {})  # the server's last model: it is sent once, under a number
         silence_lightning()
@@ -200,6 +204,10 @@ class Site:
             raise MessageError("a run must be set up with a configuration")
         if self._described is None:
             return {"kind": "need", "what": ["description"]}, {}
+        if self.predictions is not None and header.get("serves") is not True:
+            raise RefusedError(
+                "it was started to predict (--infer), and the server trains; run fl_lightning.serve there"
+            )
         fingerprint = str(header.get("setup"))
         if self.agreed and not fingerprint.startswith(self.agreed):
             raise RefusedError(f"the server's configuration {fingerprint} is not the one agreed to, {self.agreed}")
@@ -324,7 +332,10 @@ class Site:
         """Fit or score, and say what came of it."""
         try:
             with torch_threads(self.threads):
-                answer = self.local.answer(client, message)
+                if self.predictions is not None and isinstance(message, Exam):
+                    answer: Fit | Scores = self._predicted(self.predictions, client, message)
+                else:
+                    answer = self.local.answer(client, message)
             given = message.here if isinstance(message, Broadcast) else {}
             if isinstance(answer, Fit) and (back := answer.update.here.keys() & given.keys()):
                 names = ", ".join(sorted(back)[:4])
@@ -336,6 +347,8 @@ class Site:
             raise
         except Exception as error:  # the server decides what a failed client means
             log.exception("the client's work failed")
+            if self.predictions is not None:
+                self.ended = str(error) or type(error).__name__
             return {"kind": "error", "text": f"{type(error).__name__}: {error}", "number": store.held.number}, {}
         if isinstance(answer, Fit):
             if isinstance(message, Broadcast) and not message.request:
@@ -348,6 +361,17 @@ class Site:
         else:
             content, found = messages.scored(answer)
         return {**content, "number": store.held.number}, found
+
+    def _predicted(self, predictions: Predictions, client: Client, exam: Exam) -> Scores:
+        """Write what the client's model predicts; the server learns for how many examples."""
+        assert self._described is not None
+        number, values = predictions.write(self.local, client, exam, self._described[1])
+        told = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        log.info(
+            "%s holds the predictions of %d examples; by the targets in the data: %s", predictions.file, number, told
+        )
+        self.finished = True
+        return Scores(client.id, number, {})
 
     def _go_on(self, header: dict[str, Any], states: dict[str, State]) -> messages.Content:
         """Go on with work that asked the server something."""

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fl_lightning.checks import at_least, one_of
+from fl_lightning.checks import ArgumentError, at_least, one_of
 from fl_lightning.models.gpt import TokenEmbedding
 from fl_lightning.models.model import Model
+from fl_lightning.models.prompts import PROMPT
 from fl_lightning.module import Batch, FederatedModule
 from fl_lightning.split.blocks import chain, run
 from fl_lightning.split.cost import Reach
@@ -50,6 +51,11 @@ class SplitModule(FederatedModule):
         lr_factors: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(model, label_smoothing)
+        if PROMPT in dict(self.backbone.named_parameters(recurse=False)):
+            raise ArgumentError(
+                "model.adapters must be low-rank ({rank: 4, targets: attention}) where the model is cut, got a prompt, "
+                "which belongs to no block of it"
+            )
         self.blocks = chain(self.backbone, blocks)
         self.start = start
         self.end = end if end > 0 else len(self.blocks) + end

@@ -42,11 +42,12 @@ class SiteThread:
         *words: str,
         file: str = "",
         once: bool = True,
+        patience: float = 8.0,
         data: Sequence[str] = (),
         credentials: grpc.ChannelCredentials | None = None,
         **options: Any,
     ) -> None:
-        self.line = Line(f"127.0.0.1:{port}", SERVICE, timeout=30.0, patience=8.0, credentials=credentials)
+        self.line = Line(f"127.0.0.1:{port}", SERVICE, timeout=30.0, patience=patience, credentials=credentials)
         data = data or ["data=folder", f"data.root={root / (file or name)}.npz"]
         self.folder, self.once = folder / name, once
         self.site = LockedSite(name, self.folder, [*data, *words], trust=["tests"], **options)

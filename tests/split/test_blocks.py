@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from fl_lightning.checks import ArgumentError
 from fl_lightning.models import lenet5, resnet18, timm_model
+from fl_lightning.models.prompts import Prompt
 from fl_lightning.split.blocks import chain, check, run, tensor_names
-from tests.split.halves import small_gpt, small_lenet, small_vit, timm_resnet
+from fl_lightning.split.module import SplitModule
+from tests.split.halves import MODELS, small_gpt, small_lenet, small_vit, timm_resnet
 
 IMAGE = torch.zeros(1, 3, 16, 16)
 
@@ -71,3 +74,8 @@ def test_wrong_declarations_are_refused() -> None:
     shuffled = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
     with pytest.raises(ValueError, match="do not give what the backbone gives"):
         check(chain(shuffled, ["2", "1", "0"]), shuffled, torch.randn(1, 2))
+
+
+def test_a_prompt_is_no_part_of_a_cut_model() -> None:
+    with pytest.raises(ArgumentError, match="low-rank .* got a prompt, which belongs to no block"):
+        SplitModule(Prompt(2).adapt(MODELS["vit"]()))

@@ -175,19 +175,37 @@ def test_flexp_sfl_trains_adapters_of_a_language_model_on_prompts(tmp_path: Path
     assert 0 <= row["test/personal/choice_accuracy/mean"] <= 1
 
 
+def gpt2_like(folder: Path) -> None:
+    """Write weights and a tokenizer as transformers saves them, with the vocabulary's size and letters of GPT-2."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters = dict(zip("ABCD", (317, 347, 327, 360), strict=True))
+    vocabulary = {character: number for number, character in enumerate(alphabet)}
+    vocabulary |= {f"Ġ{letter}": number for letter, number in letters.items()}
+    taken = set(vocabulary.values())
+    vocabulary |= {f"unused{number}": number for number in range(50256) if number not in taken}
+    merges = [("Ġ", letter) for letter in letters]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary | {"<|endoftext|>": 50256}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    end = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **end).save_pretrained(folder)
+    config = transformers.GPT2Config(n_embd=8, n_layer=24, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+
+
 @pytest.mark.slow
 def test_the_authors_experiment_needs_only_weights_and_data(tmp_path: Path) -> None:
-    """Here weights of the same form and a thousandth of the size, and bytes for tokens."""
-    config = transformers.GPT2Config(n_embd=8, n_layer=24, n_head=2, vocab_size=256, bos_token_id=None)
-    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "weights")
+    """Here a folder of the same form, weights of a thousandth of the size, and prompts of at most 48 tokens."""
+    gpt2_like(tmp_path / "weights")
     (tmp_path / "tasks").mkdir()
     for number in range(10):
-        lines = [{"prompt": f"{k % 4} or not? Answer:", "text": " ABCD"[k % 4 + 1]} for k in range(10)]
+        lines = [{"prompt": f"{k % 4} or not? Answer:", "text": " " + "ABCD"[k % 4]} for k in range(10)]
         (tmp_path / "tasks" / f"{number}_task.jsonl").write_text("\n".join(map(json.dumps, lines)))
     overrides = [
         "experiment=split/gpt2_medium", f"model.name={tmp_path / 'weights'}", f"data.root={tmp_path / 'tasks'}",
-        "data.tokenizer=null", "data.length=32", "model.padding=0", "task.choices=[65,66,67,68]", "loop.rounds=1",
-        "logger=none", "dashboard=null",
+        "data.length=48", "loop.rounds=1", "logger=none", "dashboard=null",
     ]  # fmt: skip
     federation = assemble(plain(composed("train", overrides)), RunFolder(tmp_path / "run"))
     federation.fit()
@@ -195,6 +213,6 @@ def test_the_authors_experiment_needs_only_weights_and_data(tmp_path: Path) -> N
     assert (federation.module.start, federation.module.end) == (3, 23)
     assert [server.cuts[client.id].at for client in federation.clients] == [4, 4, 4, 4, 10, 10, 7, 7, 7, 7]
     assert 0 <= federation.loop.history[-1]["test/personal/choice_accuracy/mean"] <= 1
-    activation = 32 * 8 * 4  # bytes of an example's
+    activation = 48 * 8 * 4  # bytes of an example's
     assert server.traffic.activation_down == 10 * 3 * activation
     assert server.traffic.activation_up == 2 * 10 * 3 * activation  # every client aligns
