@@ -7,6 +7,7 @@ have no types. A constructor's signature is the schema here: :func:`check` compa
 from __future__ import annotations
 
 import collections.abc
+import importlib.util
 import inspect
 import re
 import types
@@ -248,7 +249,12 @@ def _check_call(node: Mapping[str, Any], path: str, given: Collection[str] | Non
     try:
         target = get_object(name)
     except Exception as error:
-        raise ValueError(f"{path}._target_: cannot import {name!r}: {error}") from error
+        own = name.partition(".")[0]
+        here = (
+            bool(own) and importlib.util.find_spec(own) is None and (Path(own).is_dir() or Path(f"{own}.py").is_file())
+        )
+        hint = "; PYTHONPATH=. lets Python find it" if here else ""
+        raise ValueError(f"{path}._target_: cannot import {name!r}: {' '.join(str(error).split())}{hint}") from error
     try:
         parameters = inspect.signature(target).parameters
     except (ValueError, TypeError):

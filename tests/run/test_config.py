@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +58,18 @@ COHORT = {"_target_": "fl_lightning.cohort.Cohort"}
 def test_a_wrong_node_is_named(node: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         instantiate(node, "cohort")
+
+
+def test_a_file_of_this_folder_that_python_does_not_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [one for one in sys.path if one not in ("", str(tmp_path))])
+    node = {"_target_": "mine_alone.Part"}
+    with pytest.raises(ValueError, match="cannot import 'mine_alone.Part'") as error:
+        instantiate(node, "aggregator")
+    assert "PYTHONPATH" not in str(error.value)
+    Path("mine_alone.py").write_text("class Part: ...")
+    with pytest.raises(ValueError, match=r"aggregator\._target_: cannot import .*; PYTHONPATH=\. lets Python find it$"):
+        instantiate(node, "aggregator")
 
 
 def test_nested_nodes_are_checked_too() -> None:
