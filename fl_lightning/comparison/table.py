@@ -85,7 +85,8 @@ def beyond_others(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Best:
     Args:
         rows: By name a row for each seed; all names have the same seeds, in the same order.
     """
-    names, found = list(rows), {}
+    names = list(rows)
+    found: dict[str, list[int]] = {}
     for column in SCORES:
         scores = {name: [row.get(column) for row in several] for name, several in rows.items()}
         known = {name: [one for one in values if one is not None] for name, values in scores.items()}
