@@ -140,6 +140,19 @@ def nvflare(folder: Path) -> Iterator[Run]:
         yield run
     finally:
         poc.stop(clean_up=False)
+        end_rest(folder / "poc")
+
+
+def end_rest(folder: Path) -> None:
+    """End what NVFlare has left: a client whose server is gone calls it for ever, and a shell begins it again."""
+    for kind in ("daemon_pid.fl", "pid.fl"):
+        for file in folder.rglob(kind):
+            id = file.read_text().strip()
+            command = subprocess.run(
+                ["ps", "-o", "args=", "-p", id], capture_output=True, text=True, check=False
+            ).stdout
+            if str(folder) in command:
+                os.kill(int(id), signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -184,7 +197,10 @@ def flower(folder: Path) -> Iterator[Run]:
         for process in reversed(processes):
             process.terminate()
         for process in processes:
-            process.wait(60)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def wait_for(port: int) -> None:
