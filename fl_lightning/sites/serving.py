@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 
 from fl_lightning.callbacks.checkpoint import read_checkpoint
-from fl_lightning.callbacks.federated_evaluation import FederatedEvaluation
+from fl_lightning.callbacks.federated_evaluation import CHOOSING, FederatedEvaluation
 from fl_lightning.client import Client, ClientInfo
 from fl_lightning.fit.local import LocalTraining
 from fl_lightning.loop import FederatedLoop
@@ -173,8 +173,9 @@ def serve(folder: Path, words: Sequence[str] = (), times: int | None = None, tru
             for callback in loop.federated_callbacks:
                 callback.on_federation_start(loop)
             evaluation = next(one for one in loop.federated_callbacks if isinstance(one, FederatedEvaluation))
-            if "personal" in evaluation.best:
-                evaluation.restore(loop, "personal")
+            for view in CHOOSING:  # as the results of the run had it
+                if view in evaluation.best:
+                    evaluation.restore(loop, view)
             served = 0
             while times is None or served < times:
                 _serve_one(loop, executor, executor.next_site())
