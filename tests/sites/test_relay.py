@@ -19,7 +19,9 @@ from fl_lightning.sites.held import Store
 from fl_lightning.sites.process import read_token, serve_hosted
 from fl_lightning.sites.relay import UNKNOWN, WORKING, Door, carried_by, knock, run_command
 from tests.federations import add_recorder, assert_same, by_name, federation, outcome
+from tests.scripts import call
 from tests.sites.federation import NAMES, LockedSite
+from tests.sites.test_personalization import QUICK, table, without_seconds
 
 
 class Lossy:
@@ -108,6 +110,25 @@ def test_what_is_lost_on_the_way_changes_no_bit(
     for name, client in zip(NAMES, serial.clients, strict=True):
         held = Store(tmp_path / "sites" / name / f"run_{run.loop.executor.run_id}").held  # type: ignore[attr-defined]
         assert_same((held.personal, held.memory), (client.personal, client.memory))
+
+
+@pytest.mark.slow
+def test_a_model_is_fine_tuned_through_a_host(tiny_root: Path, tmp_path: Path) -> None:
+    """Fine-tuned models travel, and the matrix of all clients' scores is that of one process."""
+    quiet = ["logger=none", "trust=[tests]", *QUICK]
+    model = ["model=lenet5", "~model", "+model._target_=tests.federations.tiny_model", "data.classes=3"]
+    training = [*model, "data.batch_size=8", "loop.rounds=1", "dashboard=null", "logger=none"]
+    ways = {
+        "one": (["executor=serial"], ["data=folder", f"data.root={tiny_root}"]),
+        "host": (["executor=hosted", "executor.sites=3"], []),
+    }
+    with doors(tiny_root, tmp_path / "sites"), carried_by(Lossy(tmp_path / "sites")):
+        for name, (at, data) in ways.items():
+            run = tmp_path / name
+            assert call("train", *at, *data, *training, f"hydra.run.dir={run}") == 0
+            assert call("personalize", f"checkpoint={run}", *at, *quiet, f"hydra.run.dir={run}_personal") == 0
+    found, expected = (without_seconds(table(tmp_path / f"{name}_personal")) for name in ("host", "one"))
+    assert_same(found, expected)
 
 
 def test_a_request_is_done_once_and_asked_after_by_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
