@@ -255,7 +255,15 @@ def commands(source: Source, run_folder: RunFolder) -> list[str]:
     """Return the commands of the global model and of this run, as far as they are known."""
     folder = Path(source.description["checkpoint"])
     runs = [RunFolder(folder), run_folder] if folder.is_dir() else [run_folder]
-    return [f"python {made[0]['command']}" for run in runs if (made := run.environments()) and "command" in made[0]]
+    known = [made[0]["command"] for run in runs if (made := run.environments()) and "command" in made[0]]
+    return [typed(command) for command in known]
+
+
+def typed(command: str) -> str:
+    """Return a command as it is typed: ``fl-train …`` or ``python train.py …``."""
+    program, _, rest = command.partition(" ")
+    name = Path(program).name
+    return f"{name} {rest}".strip() if name.startswith("fl-") else f"python {command}"
 
 
 def in_the_table(groups: Groups, choices: Mapping[str, Choice]) -> list[str]:
