@@ -33,7 +33,7 @@ from fl_lightning import personalization
 from fl_lightning.models import lenet5
 from fl_lightning.module import FederatedModule
 from fl_lightning.run import training
-from fl_lightning.run.command_line import CONF
+from fl_lightning.run.config import CONF
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ from fl_lightning.callback import FederatedCallback
 from fl_lightning.callbacks.checkpoint import read_checkpoint
 from fl_lightning.models.model import Model
 from fl_lightning.models.timm import vit
-from fl_lightning.run.command_line import CONF
-from fl_lightning.run.config import plain
+from fl_lightning.run.config import CONF, plain
 from fl_lightning.run.folder import RunFolder
 from fl_lightning.run.training import Federation, assemble
 

@@ -6,7 +6,7 @@ import runpy
 import sys
 from unittest import mock
 
-from fl_lightning.run.command_line import CONF
+from fl_lightning.run.config import CONF
 
 
 def call(name: str, *arguments: str) -> int:

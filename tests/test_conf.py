@@ -9,8 +9,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from fl_lightning.personalization.strategy import build_strategies
-from fl_lightning.run.command_line import CONF
-from fl_lightning.run.config import check, instantiate
+from fl_lightning.run.config import CONF, check, instantiate
 from fl_lightning.run.trust import check_trusted
 from tests.federations import every
 

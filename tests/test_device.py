@@ -16,7 +16,7 @@ from fl_lightning import personalization
 from fl_lightning.executors import CohortExecutor, Executor, SerialExecutor
 from fl_lightning.fit.local import LocalTraining
 from fl_lightning.run import training
-from fl_lightning.run.command_line import CONF
+from fl_lightning.run.config import CONF
 from fl_lightning.run.folder import RunFolder
 from fl_lightning.run.training import Federation, assemble
 from fl_lightning.state import num_bytes

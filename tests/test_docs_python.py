@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fl_lightning.data.sets.folder import Folder
-from fl_lightning.run.command_line import CONF
+from fl_lightning.run.config import CONF
 from tests.federations import make_tiny_federation
 
 PAGE = (CONF.parent / "docs" / "python.md").read_text()

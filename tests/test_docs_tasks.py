@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fl_lightning.personalization import run as personalize
-from fl_lightning.run.command_line import CONF
+from fl_lightning.run.config import CONF
 from fl_lightning.run.overrides import composed
 from fl_lightning.run.training import run as train
 

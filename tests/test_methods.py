@@ -13,7 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fl_lightning.evaluation.results import MetricsTable, read_json
-from fl_lightning.run.command_line import CONF
+from fl_lightning.run.config import CONF
 from fl_lightning.state import all_finite
 from tests.federations import (
     Federation,

@@ -15,7 +15,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 import fl_lightning.personalization  # noqa: F401 - registers the schema of personalize.yaml
-from fl_lightning.run.command_line import CONF
+from fl_lightning.run.config import CONF
 from tests.federations import make_tiny_federation
 from tests.scripts import call
 

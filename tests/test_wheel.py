@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fl_lightning.run.command_line import CONF
+from fl_lightning.run.config import CONF
 
 ROOT = CONF.parent
 SCRIPT = """

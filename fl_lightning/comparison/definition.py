@@ -12,7 +12,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fl_lightning.run.overrides import CONF, composed
+from fl_lightning.run.config import CONF
+from fl_lightning.run.overrides import composed
 
 COLUMNS = {
     "Local": "local",

@@ -23,7 +23,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from fl_lightning.run.overrides import CONF, explain
+from fl_lightning.run.config import CONF
+from fl_lightning.run.overrides import explain
 from fl_lightning.run.trust import check_trusted
 
 WORK = {

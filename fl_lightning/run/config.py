@@ -26,6 +26,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from fl_lightning.checks import ArgumentError, finite
 
+_PACKAGE = Path(__file__).resolve().parents[1]
+CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"  # installed; in a checkout
+
 
 @dataclass
 class PathsConfig:
@@ -402,6 +405,8 @@ def _check_known(cfg: DictConfig, path: str = "") -> None:
 def _check_method(method: Mapping[str, Any], text: str) -> None:
     """Check that a method has a name, and that what stands beside it is read, as in ``${method.head_epochs}``.
 
+    A shipped method's own keys may stay where what reads them was replaced, as by phases of one's own.
+
     Args:
         method: The node.
         text: The whole configuration with its interpolations.
@@ -411,10 +416,20 @@ def _check_method(method: Mapping[str, Any], text: str) -> None:
         raise ValueError(f"method.name must be a name, got {'null' if name is None else name}; set method=fedavg")
     read = re.findall(r"\$\{method\.(\w+)", text)
     for key in map(str, method):
-        if key != "name" and key not in read:
+        if key != "name" and key not in read and key not in _shipped(name):
             close = [f"method.{one}" for one in get_close_matches(key, set(read))]
             hint = f"did you mean {' or '.join(close)}?" if close else f"leave it out, or ~method.{key} does"
             raise ValueError(f"method.{key} is read by no other key; {hint}")
+
+
+def _shipped(method: str) -> set[str]:
+    """Return the keys that the file of a method, and those that it begins with, have beside its name."""
+    path = CONF / "method" / f"{method}.yaml"
+    if not path.is_file():
+        return set()
+    file = OmegaConf.load(path)
+    before = [_shipped(one) for one in file.get("defaults", []) if isinstance(one, str)]
+    return set(map(str, file.get("method", {}))).union(*before)
 
 
 def differences(old: Any, new: Any, ignore: Iterable[str] = (), path: str = "") -> list[str]:

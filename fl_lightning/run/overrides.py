@@ -15,10 +15,8 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-import fl_lightning.run.config  # noqa: F401 - registers the schema
+from fl_lightning.run.config import CONF  # importing it registers the schema
 
-_PACKAGE = Path(__file__).resolve().parents[1]
-CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"  # installed; in a checkout
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 

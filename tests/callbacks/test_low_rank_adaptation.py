@@ -13,7 +13,7 @@ from fl_lightning.callbacks.freeze_schedule import FreezeSchedule
 from fl_lightning.callbacks.low_rank_adaptation import LowRankAdaptation
 from fl_lightning.models import vit
 from fl_lightning.module import FederatedModule
-from fl_lightning.run.command_line import CONF
+from fl_lightning.run.config import CONF
 from tests.callbacks.conftest import ADAMW, NUM_CLASSES, TinyFit
 
 peft = pytest.importorskip("peft")

@@ -17,8 +17,7 @@ from fl_lightning.comparison.table import in_every_seed, over_seeds, read_runs
 from fl_lightning.evaluation.results import read_json
 from fl_lightning.loop import DivergedError
 from fl_lightning.run import training
-from fl_lightning.run.command_line import CONF
-from fl_lightning.run.config import check
+from fl_lightning.run.config import CONF, check
 
 ROOT = CONF / "comparison"
 COMPARISONS = sorted(str(path.relative_to(ROOT).with_suffix("")) for path in ROOT.rglob("[!_]*.yaml"))

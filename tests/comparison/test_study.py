@@ -35,8 +35,7 @@ from fl_lightning.evaluation.tables import MeanStd
 from fl_lightning.evaluation.uncertainty import Interval
 from fl_lightning.personalization.strategy import build_strategies
 from fl_lightning.run import training
-from fl_lightning.run.config import plain
-from fl_lightning.run.overrides import CONF
+from fl_lightning.run.config import CONF, plain
 from tests.data.sets.test_celeba import root as celeba_root  # noqa: F401 - fixtures
 from tests.data.sets.test_chexpert import root as chexpert_root  # noqa: F401
 from tests.data.sets.test_digit5 import write_mat_archive

@@ -24,8 +24,7 @@ from fl_lightning.executors.cohort import CohortExecutor
 from fl_lightning.executors.cohort_batches import one_gather_will_do, padded_steps, stack_sizes
 from fl_lightning.methods.scaffold import ControlVariates
 from fl_lightning.models.model import Model
-from fl_lightning.run.command_line import CONF
-from fl_lightning.run.config import plain
+from fl_lightning.run.config import CONF, plain
 from fl_lightning.run.folder import RunFolder
 from fl_lightning.run.training import assemble
 from fl_lightning.state import State

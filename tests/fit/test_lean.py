@@ -28,7 +28,7 @@ from fl_lightning.callback import FederatedCallback
 from fl_lightning.data.client_data import ClientData
 from fl_lightning.fit.lean import HOOKS, overridden, use_fused_kernel
 from fl_lightning.module import Batch, FederatedModule
-from fl_lightning.run.command_line import CONF
+from fl_lightning.run.config import CONF
 from tests.federations import Federation, add_recorder, assert_same, by_name, every, federation, outcome
 from tests.own import Anneals
 

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from fl_lightning.personalization import run as personalize
-from fl_lightning.run.command_line import CONF
+from fl_lightning.run.config import CONF
 from fl_lightning.run.training import run as train
 from tests.federations import config
 

@@ -17,7 +17,7 @@ import torch
 
 from fl_lightning.personalization import run
 from fl_lightning.personalization.outcome import KeptOutcomes
-from fl_lightning.run.command_line import CONF
+from fl_lightning.run.config import CONF
 from tests.personalization.conftest import QUICK, compose_personalization
 from tests.scripts import call
 

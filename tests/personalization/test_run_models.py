@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from fl_lightning.evaluation.results import read_json
 from fl_lightning.personalization import run as personalize
-from fl_lightning.run.command_line import CONF
+from fl_lightning.run.config import CONF
 from fl_lightning.run.training import run as train
 from fl_lightning.state import State
 from tests.federations import by_name, config, every, federation

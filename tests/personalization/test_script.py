@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fl_lightning.evaluation.results import read_json
-from fl_lightning.run.command_line import CONF
+from fl_lightning.run.config import CONF
 from tests.scripts import call
 
 

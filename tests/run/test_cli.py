@@ -15,7 +15,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from fl_lightning.run.command_line import CONF, WORK, with_resume
+from fl_lightning.run.command_line import WORK, with_resume
+from fl_lightning.run.config import CONF
 from fl_lightning.run.training import comparable
 from tests.scripts import call
 

@@ -6,8 +6,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from fl_lightning.run.config import TrainConfig, plain
-from fl_lightning.run.overrides import CONF, explain
+from fl_lightning.run.config import CONF, TrainConfig, plain
+from fl_lightning.run.overrides import explain
 
 CASES = [
     ("train", ["optimizer.lrr=1"], "there is no optimizer.lrr; did you mean optimizer.lr?"),

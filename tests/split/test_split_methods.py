@@ -18,8 +18,7 @@ from fl_lightning.callback import FederatedCallback
 from fl_lightning.client import Broadcast, Client, ClientInfo, Update
 from fl_lightning.fit.local import Fit
 from fl_lightning.run import training
-from fl_lightning.run.command_line import CONF
-from fl_lightning.run.config import plain
+from fl_lightning.run.config import CONF, plain
 from fl_lightning.run.folder import RunFolder
 from fl_lightning.run.overrides import composed
 from fl_lightning.run.training import assemble
