@@ -427,7 +427,7 @@ def _shipped(method: str) -> set[str]:
     path = CONF / "method" / f"{method}.yaml"
     if not path.is_file():
         return set()
-    file = OmegaConf.load(path)
+    file: Any = OmegaConf.load(path)
     before = [_shipped(one) for one in file.get("defaults", []) if isinstance(one, str)]
     return set(map(str, file.get("method", {}))).union(*before)
 
