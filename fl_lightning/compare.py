@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -26,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _work(arguments: Sequence[str]) -> None:
-    if folders := [Path(argument) for argument in arguments if Path(argument).is_dir()]:
+    # os.path, since of a long runs= pathlib says that the name is too long.
+    if folders := [Path(argument) for argument in arguments if os.path.isdir(argument)]:
         mixed = "--mixed" in arguments
         if not mixed:
             refuse_mixed(folders)
