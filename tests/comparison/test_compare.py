@@ -182,6 +182,8 @@ def test_what_does_not_exist_is_named_with_what_does(tiny: Comparison) -> None:
         main(["nothing"])
     with pytest.raises(SystemExit, match="whole numbers, as in seeds=1,2,3, got seeds=one"):
         main([COMPARISONS[0], "seeds=one"])
+    with pytest.raises(SystemExit, match="there is no run nothing, nothing"):  # longer than the name of a file may be
+        main([COMPARISONS[0], "runs=" + ",".join(["nothing"] * 50)])
 
 
 @pytest.mark.every
