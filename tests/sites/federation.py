@@ -42,7 +42,7 @@ class SiteThread:
         *words: str,
         file: str = "",
         once: bool = True,
-        patience: float = 60.0,
+        patience: float = 25.0,
         data: Sequence[str] = (),
         credentials: grpc.ChannelCredentials | None = None,
         **options: Any,
