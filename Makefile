@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 help:
 	@echo "make quickstart   install, train a global model, personalise it, print the tables (2 minutes after installing)"
 	@echo "make test         install with the development extras, run the fast tests, then the tables over all methods"
-	@echo "make test-fast    the fast tests alone: three minutes on two cores"
+	@echo "make test-fast    the fast tests alone: about five minutes on two cores"
 	@echo "make test-slow    the tests that take longer: clusters, killed workers, networks"
 	@echo "make check        ruff, ruff format, mypy"
 	@echo "make docs         build the documentation into build/site; needs no network once installed"
